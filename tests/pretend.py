@@ -27,13 +27,12 @@ import itertools
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
 from torch.utils._device import DeviceContext
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -220,7 +219,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.name().partition(".")[0]
-    tensors = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, torch.Tensor)]
+    tensors = [t for t in _leaves_of((*args, *kwargs.values())) if isinstance(t, torch.Tensor)]
     here = [t for t in tensors if isinstance(t, PretendTensor)]
     _refuse(func, name, args, kwargs, here, tensors)
     if _watched is not None and (name in _SYNCHRONIZES or _leaves(name, args, kwargs, here)):
@@ -230,7 +229,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             _watched.sent += args[0].nbytes
         _bare(args[0]).copy_(_bare(args[1]))
         return args[0]
-    bare_args, bare_kwargs = pytree.tree_map(_bare, args), pytree.tree_map(_bare, kwargs)
+    bare_args, bare_kwargs = _mapped(_bare, args), {key: _mapped(_bare, value) for key, value in kwargs.items()}
     if "generator" in _writes(func)[1] and (here or _is_there(kwargs.get("device"))):
         bare_kwargs["generator"] = _module.random
     out = func(*bare_args, **bare_kwargs)
@@ -245,7 +244,22 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name == "aten::_grouped_mm":
         _spoil_empty_groups(out, *bare_args[:2], bare_args[2] if len(bare_args) > 2 else bare_kwargs["offs"])
     back = {id(t.elem): t for t in here}
-    return pytree.tree_map(lambda x: back[id(x)] if id(x) in back else _wrapped(x), out)
+    return _mapped(lambda x: back[id(x)] if id(x) in back else _wrapped(x), out)
+
+
+def _mapped(change: Callable[[Any], Any], x: Any) -> Any:
+    """What is given to an operation or comes of it, nested as torch nests it, with every leaf changed."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([_mapped(change, each) for each in x])
+    return change(x)
+
+
+def _leaves_of(values: Iterable[Any]) -> Iterator[Any]:
+    for x in values:
+        if isinstance(x, (list, tuple)):
+            yield from _leaves_of(x)
+        else:
+            yield x
 
 
 def _is_there(device: Any) -> bool:
@@ -293,7 +307,7 @@ def _refuse(func: Any, name: str, args: Any, kwargs: Any, here: list[PretendTens
     _refuse_types(func, name, here)
     asked = [args[0], *args[2:]] if name in _INDEXED else [*args, *kwargs.values()]
     numbers = {id(t) for t in tensors if t.dim() == 0}
-    there = [t for t in pytree.tree_leaves(asked) if isinstance(t, torch.Tensor) and not isinstance(t, PretendTensor)]
+    there = [t for t in _leaves_of(asked) if isinstance(t, torch.Tensor) and not isinstance(t, PretendTensor)]
     written, names = _writes(func)
     targets = [args[at] if at < len(args) else kwargs.get(names[at]) for at in written]
     crossed = [t for t in targets if isinstance(t, torch.Tensor) and not isinstance(t, PretendTensor)]

@@ -20,6 +20,7 @@ import pytest
 from build import tiny, write_checkpoint
 from click.testing import CliRunner, Result
 from faults import Counting, Failing, die_at_effect, forked, kill_when_there
+from smaller import smaller
 from strategies import picked
 from test_quantize import KIND_SIZES
 from test_verify_independent import found as second_opinion
@@ -57,12 +58,13 @@ RESULTS = {"compress.json", "evaluation.json", "keep.json", "lock", "saliency.sa
 
 
 @pytest.fixture(scope="session")
-def small_moe(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small checkpoint with a few of its texts: all that are given are read and tokenized in every command."""
-    copy = tmp_path_factory.mktemp("small") / small_moe.name
-    shutil.copytree(small_moe, copy)
-    for path in (copy / "text").iterdir():
-        shutil.copyfile(few(path.name), path)
+def small_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smaller checkpoint with a few texts: all that are given are read and tokenized in every command."""
+    copy = tmp_path_factory.mktemp("small") / "small-moe"
+    shutil.copytree(smaller(), copy)
+    (copy / "text").mkdir()
+    for name in ("calib.jsonl", "heldout.jsonl"):
+        shutil.copyfile(few(name), copy / "text" / name)
     return copy
 
 
@@ -78,7 +80,7 @@ def arguments(source: Path, *more: str, evaluated: bool = True) -> list[str]:
     text = ["--data", str(source / "text/calib.jsonl"), "--samples", "4", "--seqlen", "64"]
     tuned = ["--iters", "2"]
     held_out = ["--eval-data", str(source / "text/heldout.jsonl"), "--eval-samples", "2", "--eval-seqlen", "64"]
-    return ["--keep", "8", *text, *tuned, *(held_out if evaluated else []), *more]
+    return ["--keep", "4", *text, *tuned, *(held_out if evaluated else []), *more]
 
 
 def invoke(*args: str | Path) -> Result:
@@ -160,7 +162,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def test_it_gives_what_the_separate_commands_give(small_moe: Path, finished: Path, tmp_path: Path) -> None:
     calib = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
     done("score", small_moe, "-o", tmp_path / "s", *calib)
-    done("select", tmp_path / "s", "--keep", "8", "-o", tmp_path / "keep.json")
+    done("select", tmp_path / "s", "--keep", "4", "-o", tmp_path / "keep.json")
     tuned = ["--method", "auto-round", "--iters", "2", *calib]
     done("quantize", small_moe, tmp_path / "out", "-m", tmp_path / "keep.json", *tuned)
     held_out = ["--data", small_moe / "text/heldout.jsonl", "--samples", "2", "--seqlen", "64"]
@@ -205,7 +207,7 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
     result = invoke("compress", small_moe, copied, *arguments(small_moe))
     assert result.exit_code == 0, result.output
     assert "already complete, made from the same inputs; nothing written" in result.stdout
-    assert re.search(r"\n  tuned +squared error [\d.]+% of that of rounding, over 4 blocks\n", result.stdout)
+    assert re.search(r"\n  tuned +squared error [\d.]+% of that of rounding, over 2 blocks\n", result.stdout)
     assert re.search(r"\n  time +[\d.]+ s in this run\n", result.stdout)
     assert [line for line in result.stderr.splitlines() if line.startswith("[")] == [
         f"[{number}/6] {stage}: done already" for number, stage in enumerate(STAGES, 1)
@@ -215,11 +217,11 @@ def test_a_finished_run_is_found_complete_and_nothing_is_written(small_moe: Path
 
 def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path) -> None:
     rounded = ["--method", "rtn", "--format", "gptq"]
-    unpruned = "experts  all 16 of each layer stay, top-4: nothing is pruned without --keep or --ratio\n"
+    unpruned = "experts  all 8 of each layer stay, top-2: nothing is pruned without --keep or --ratio\n"
     assert unpruned in done("compress", small_moe, tmp_path / "out", *rounded, "--dry-run")
     out = json.loads(done("compress", small_moe, tmp_path / "out", *rounded, "--json", "-q"))
     assert out["made"] == ["quantize", "verify", "card"]
-    assert "all 16 of each layer: nothing was pruned\n" in done("compress", small_moe, tmp_path / "out", *rounded)
+    assert "all 8 of each layer: nothing was pruned\n" in done("compress", small_moe, tmp_path / "out", *rounded)
     done("quantize", small_moe, tmp_path / "separate", "--format", "gptq")
     files = {name: data for name, data in tree(tmp_path / "out").items() if name.startswith("out/")}
     assert files.pop("out/README.md")
@@ -230,7 +232,7 @@ def test_without_data_it_quantizes_and_verifies(small_moe: Path, tmp_path: Path)
 def test_it_heals_as_quantize_does(small_moe: Path, finished: Path, tmp_path: Path) -> None:
     heal = ["--method", "rtn", "--heal", "shared", "--heal-iters", "2", "--heal-lr", "0.02", "--batch-size", "2"]
     calib = ["--data", small_moe / "text/calib.jsonl", "--samples", "4", "--seqlen", "64"]
-    done("compress", small_moe, tmp_path / "out", "--keep", "8", *calib, *heal, "-q")
+    done("compress", small_moe, tmp_path / "out", "--keep", "4", *calib, *heal, "-q")
     keep = finished.with_name("out.compress") / "keep.json"
     done("quantize", small_moe, tmp_path / "separate", "-m", keep, *calib, *heal, "-q")
     shard = "model.safetensors"
@@ -246,7 +248,7 @@ def test_a_ratio_is_recorded_as_select_does(small_moe: Path, finished: Path, tmp
     saliency = finished.with_name("out.compress") / "saliency.safetensors"
     done("select", saliency, "--ratio", "0.25", "--criterion", "ean", "-o", tmp_path / "keep.json")
     assert (tmp_path / "out.compress/keep.json").read_bytes() == (tmp_path / "keep.json").read_bytes()
-    assert Checkpoint.open(tmp_path / "out").config["num_experts"] == 12
+    assert Checkpoint.open(tmp_path / "out").config["num_experts"] == 6
 
 
 def test_evaluation_full_verification_and_pictures_can_be_added_later(prepared: Prepared, copied: Path) -> None:
@@ -375,7 +377,7 @@ def test_an_output_that_is_gone_is_made_again_and_verified_again(
 @pytest.mark.parametrize(
     ("change", "stage", "difference", "kept"),
     [
-        (["--keep", "4"], "select", "--keep or --ratio: was 8, now 4", "score"),
+        (["--keep", "2"], "select", "--keep or --ratio: was 4, now 2", "score"),
         (["--criterion", "ean"], "select", "--criterion: was 'reap-sum', now 'ean'", "score"),
         (["--samples", "3"], "score", "--samples: was 4, now 3", ""),
         (["--format", "gptq"], "quantize", "--format: was 'auto-round', now 'gptq'", "score, select"),
@@ -422,9 +424,9 @@ def test_a_text_that_has_changed_is_named(small_moe: Path, copied: Path, tmp_pat
 
 def test_force_starts_over_from_what_changed(small_moe: Path, prepared: Prepared, copied: Path, tmp_path: Path) -> None:
     (tmp_path / "fresh").mkdir()
-    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "4", "--plots")
+    done("compress", small_moe, tmp_path / "fresh/out", *arguments(small_moe), "--keep", "2", "--plots")
     run(prepared, copied, plot=True)
-    changed = arguments(small_moe, "--keep", "4", "--force", "--plots", "--json")
+    changed = arguments(small_moe, "--keep", "2", "--force", "--plots", "--json")
     out = json.loads(done("compress", small_moe, copied, *changed))
     assert out["made"] == list(STAGES[1:])
     assert tree(copied) == tree(tmp_path / "fresh/out")
@@ -597,13 +599,13 @@ def test_results_and_output_do_not_lie_in_each_other(work: str, small_moe: Path,
 def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Path, tmp_path: Path) -> None:
     args = ["compress", small_moe, tmp_path / "out", *arguments(small_moe), "--dry-run"]
     text = done(*args)
-    assert "16 -> 8 per layer" in text
+    assert "8 -> 4 per layer" in text
     assert re.search(r"quantize +to do", text)
     facts = json.loads(done(*args, "--json"))
     assert not list(tmp_path.iterdir())
     assert [stage["stage"] for stage in facts["stages"]] == list(STAGES)
     needs = {stage["stage"]: stage for stage in facts["stages"]}
-    assert needs["score"]["tokens"] == 4 * 64 * 4
+    assert needs["score"]["tokens"] == 4 * 64 * 2
     assert needs["score"]["work_bytes"] == 2 * 4 * 64 * 128 * 4  # two generations of [N, T, H] in float32
     assert facts["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in facts["stages"])
     done(*args[:-1], "-q")
@@ -624,9 +626,9 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(small_moe: Pat
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--keep", "8"], "Missing option '--data'"),
+        (["--keep", "4"], "Missing option '--data'"),
         ([], "Missing option '--data'; --method rtn needs no text"),
-        (["--keep", "8", "--ratio", "0.5"], "either --keep or --ratio"),
+        (["--keep", "4", "--ratio", "0.5"], "either --keep or --ratio"),
         (["--criterion", "ean"], "--criterion is for choosing experts"),
         (["--protect-super-experts"], "--protect-super-experts is for choosing experts"),
         (["--method", "rtn", "--iters", "2"], "--iters is for --method auto-round"),
@@ -652,7 +654,7 @@ def test_too_little_text_to_measure_on_names_the_option_of_that_text(small_moe: 
     )
 
 
-@pytest.mark.parametrize(("keep", "message"), [("20", "but .* has 16"), ("3", "keep at least 4")])
+@pytest.mark.parametrize(("keep", "message"), [("10", "but .* has 8"), ("1", "keep at least 2")])
 def test_a_count_that_cannot_be_is_refused_before_anything_is_run(
     small_moe: Path, tmp_path: Path, keep: str, message: str
 ) -> None:

@@ -212,7 +212,7 @@ def test_no_release_says_what_is_refused() -> None:
     """Of every config of a release, llama.cpp and mlx-lm run what it says."""
     gguf, seen = pytest.importorskip("gguf"), set()
     for path in sorted((Path(__file__).parent / "releases").glob("*.json")):
-        layout = layout_of(json.loads(path.read_text()), [])
+        layout = layout_of({"max_position_embeddings": 4096, **json.loads(path.read_text())}, [])  # some are not whole
         if layout.family.name in KINDS:
             architecture = architecture_of(layout)
             architecture.kind.check(architecture)
@@ -221,8 +221,75 @@ def test_no_release_says_what_is_refused() -> None:
         if layout.family.name in NAMES_OF_MLX:
             refuse_misread(layout)
             seen.add(layout.family.name)
-    unreleased = {"granitemoeshared", "mistral4"}
+    unreleased = {"granitemoeshared", "mistral4", "qwen3_omni_moe"}
     assert seen == (KINDS.keys() | NAMES_OF_MLX.keys()) - unreleased
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no groups": ("GLM-4.5", {"topk_group": 0}, "topk_group is 0 of 1 groups"),
+    "groups of which none is said": ("DeepSeek-V3", {"topk_group": None}, "topk_group is None of 8 groups"),
+    "groups of one expert": ("DeepSeek-V3", {"n_group": 256, "topk_group": 8}, "256 experts in 256 groups"),
+    "a scale of 0": ("Laguna-XS.2", {"moe_routed_scaling_factor": 0}, "moe_routed_scaling_factor is 0; llama.cpp"),
+    "another scale of 0": ("DeepSeek-V3", {"routed_scaling_factor": 0.0}, "routed_scaling_factor is 0.0; llama.cpp"),
+    "logits of 0": ("North-Mini-Code-1.0", {"logit_scale": 0.0}, "logit_scale is 0.0; llama.cpp"),
+    "values of 0": ("MiMo-V2-Flash", {"attention_value_scale": 0.0}, "attention_value_scale is 0.0"),
+    "nothing added in norms": ("North-Mini-Code-1.0", {"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+    "no shared expert": ("Trinity-Nano-Preview", {"num_shared_experts": 0}, "num_shared_experts is 0"),
+    "groups that nobody has": ("Trinity-Nano-Preview", {"n_group": 2}, "n_group is 2"),
+    "half a pair": (
+        "MiMo-V2-Flash",
+        {"head_dim": 64, "swa_head_dim": 64},
+        "21 of the 64 channels of a head are rotated",
+    ),
+    "bases that are passed over": ("MiMo-V2-Flash", {"rope_theta": 10000}, "for which transformers takes 5000000.0"),
+    "queries in one step": ("DeepSeek-V3", {"num_hidden_layers": 27}, "q_lora_rank is 1536, of 27 layers"),
+    "queries in two": ("DeepSeek-V2-Lite", {"num_hidden_layers": 28}, "q_lora_rank is None, of 28 layers"),
+    "queries of an indexer": ("GLM-5", {"num_hidden_layers": 27, "q_lora_rank": None}, "q_lora_rank is None"),
+    "long steps": ("Nemotron-3-Nano-30B-A3B", {"time_step_min": 0.01}, "time_step_min is 0.01"),
+    "no length": ("Jamba-1.5-Mini", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
+    "shared ones unsaid": ("ERNIE-4.5-21B-A3B", {"moe_num_shared_experts": ...}, "moe_num_shared_experts is missing"),
+}
+"""Releases, keys that are changed or left out, and what is said of them."""
+
+
+def stated(release: str, **changes: Any) -> Architecture:
+    """A release as llama.cpp sees it, by its config alone, after its keys were recorded."""
+    config = json.loads((Path(__file__).parent / "releases" / f"{release}.json").read_text())
+    config = {"max_position_embeddings": 4096, **config, **changes}  # of some it is not known
+    config = {key: value for key, value in config.items() if value is not ...}
+    architecture = architecture_of(layout_of(config, []))
+    architecture.kind.check(architecture)
+    architecture.kind.keys(architecture, Recorder(architecture.name, pytest.importorskip("gguf")))
+    return architecture
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_release_that_says_what_llama_has_no_key_for_is_refused(case: str) -> None:
+    release, changes, said = REFUSED[case]
+    with pytest.raises(SchemeError, match=said):
+        stated(release, **changes)
+
+
+def test_queries_in_one_step_are_run_where_llama_knows_of_them() -> None:
+    """As of Kanana-2, by its layers and tokens."""
+    stated("DeepSeek-V3", num_hidden_layers=48, vocab_size=128256, q_lora_rank=None, n_group=1, topk_group=1)
+
+
+def test_steps_that_transformers_bounds_are_told() -> None:
+    notes = [*stated("Nemotron-3-Nano-30B-A3B").kind.notes(stated("Nemotron-3-Nano-30B-A3B"))]
+    assert len(notes) == 1
+    assert "below time_step_min for it, 0.001" in notes[0]
+    unbound = stated("Nemotron-3-Nano-30B-A3B", time_step_min=0.0)
+    assert not [*unbound.kind.notes(unbound)]
+
+
+def test_tensors_of_other_shapes_than_the_config_gives_are_refused() -> None:
+    """As where it leaves out what transformers' class has a number of its own for."""
+    view, architecture = viewed(EXAMPLE)
+    for key, value in (("head_dim", 8), ("shared_expert_intermediate_size", 16)):
+        layout = replace(architecture.layout, text={**architecture.layout.text, key: value})
+        with pytest.raises(SchemeError, match=r"by config.json it would be .*; llama.cpp loads no such file"):
+            list(Architecture(architecture.kind, layout).tensors(view.checkpoint.tensors))
 
 
 @pytest.mark.parametrize("width", [16, 96, 192])
@@ -256,14 +323,20 @@ def test_a_family_that_is_not_written_is_refused_with_those_that_are() -> None:
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_keys(tmp_path: Path, change: Any, pre_tokenizer: str = "") -> dict[str, Any]:
-    """Keys of the example's tokenizer after a change of its file."""
+def tokenizer_keys(tmp_path: Path, change: Any, pre_tokenizer: str = "", **kind: Any) -> dict[str, Any]:
+    """Keys of the example's tokenizer after a change of its file; `kind` is what is another of its architecture."""
     tokenizer = json.loads((EXAMPLE / "tokenizer.json").read_text())
     change(tokenizer)
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return keys_from(tmp_path, pre_tokenizer, **kind)
+
+
+def keys_from(root: Path, pre_tokenizer: str = "", **kind: Any) -> dict[str, Any]:
+    """Keys of the example with the tokenizer of a folder."""
     view, architecture = viewed(EXAMPLE)
     tensors = list(architecture.tensors(view.checkpoint.tensors))
-    found = metadata_of(architecture, tensors, tmp_path, name="x", file_type=0, pre_tokenizer=pre_tokenizer)
+    changed = replace(architecture, kind=replace(architecture.kind, **kind))
+    found = metadata_of(changed, tensors, root, name="x", file_type=0, pre_tokenizer=pre_tokenizer)
     return {key.name.removeprefix("tokenizer.ggml."): key.value for key in found}
 
 
@@ -379,6 +452,60 @@ def test_a_sentencepiece_model_is_its_pieces() -> None:
     ):
         with pytest.raises(MalformedModel):
             list(pieces_of(bad))
+
+
+def test_what_ends_turns_is_a_control_token_and_the_template_is_that_of_its_file(tmp_path: Path) -> None:
+    """As of Laguna, whose tokenizer says neither: where its template is to be, there is the name of a file."""
+
+    def change(tokenizer: dict[str, Any]) -> None:
+        first = tokenizer["added_tokens"][0]
+        tokenizer["added_tokens"].append({**first, "id": 1, "content": "!", "special": False})
+
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{% include \'chat_template.jinja\' %}"}')
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    plain = tokenizer_keys(tmp_path, change)
+    assert (plain["token_type"][1], plain["tokenizer.chat_template"]) == (4, "{{ messages }}")
+    ended = tokenizer_keys(tmp_path, change, specials={"eot": "!"})
+    assert (ended["token_type"][1], ended["eot_token_id"]) == (3, 1)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(SchemeError, match="malformed"):
+        tokenizer_keys(tmp_path, change)
+
+
+def test_a_tokenizer_in_another_file_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    with pytest.raises(SchemeError, match="put the release's there"):
+        keys_from(tmp_path)
+    (tmp_path / "tiktoken.model").write_bytes(b"IQ== 0")
+    with pytest.raises(SchemeError, match="other files of tokenizers are not read here"):
+        keys_from(tmp_path)
+
+
+PREPENDED = {"type": "Prepend", "prepend": "▁"}
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "split", "begins"),
+    [
+        ({"type": "Sequence", "normalizers": [PREPENDED, SPACES]}, None, True),
+        (SPACES, None, False),
+        (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}, True),
+        (None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False}, False),
+        ({"type": "Lowercase"}, None, "'Lowercase'"),
+        ({**SPACES, "content": "_"}, None, "'Replace'"),
+    ],
+)
+def test_a_space_is_put_before_texts_where_the_tokenizer_does(
+    normalizer: Any, split: Any, begins: Any, tmp_path: Path
+) -> None:
+    def change(tokenizer: dict[str, Any]) -> None:
+        tokenizer.update(of_characters(tokenizer), normalizer=normalizer, pre_tokenizer=split)
+
+    if isinstance(begins, bool):
+        assert tokenizer_keys(tmp_path, change, tokenizer="llama")["add_space_prefix"] is begins
+        return
+    with pytest.raises(SchemeError, match=begins):
+        tokenizer_keys(tmp_path, change, tokenizer="llama")
 
 
 @pytest.mark.oracle

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from smaller import BLOCKS, smaller
 from strategies import picked
+from texts import few
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -30,7 +32,7 @@ from shardxform.tuning.workers import Workers  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
-SMALL_MOE = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
+SMALL_MOE = smaller()
 
 
 def of(count: int, block: int = 0) -> Samples:
@@ -178,7 +180,7 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("samples", picked([1, 2], 2))
 def test_few_windows_are_enough_and_two_runs_write_the_same_record(tmp_path: Path, samples: int) -> None:
     def tune(out: Path) -> dict[str, Any]:
-        data = ["--data", str(SMALL_MOE / "text/calib.jsonl"), "--samples", str(samples), "--seqlen", "16"]
+        data = ["--data", str(few("calib.jsonl")), "--samples", str(samples), "--seqlen", "16"]
         args = ["quantize", str(SMALL_MOE), str(out), "--method", "auto-round", *data, "--iters", "1", "--json", "-q"]
         result = CliRunner().invoke(main, [*args, "--dtype", "float32"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
@@ -186,7 +188,7 @@ def test_few_windows_are_enough_and_two_runs_write_the_same_record(tmp_path: Pat
         return report
 
     report = tune(tmp_path / "a")
-    assert [entry["layer"] for entry in report["measured"]] == [0, 1, 2, 3]
+    assert [entry["layer"] for entry in report["measured"]] == list(range(BLOCKS))
     assert all(entry["seconds"] > 0 and entry["peak_rss_bytes"] > 0 for entry in report["measured"])
     tune(tmp_path / "b")
     record = (tmp_path / "a/shardxform.json").read_bytes()

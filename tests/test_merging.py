@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 from build import read_checkpoint
 from faults import kill_when_there
+from smaller import smaller
 from strategies import by_night
-from test_heal_command import DATA, JUDGES, SMALL_MOE, bytes_of, call, differing, keep_file, made
+from test_heal_command import DATA, JUDGES, LAYERS, SAMPLES, SEQLEN, bytes_of, call, differing, keep_file
+from test_heal_command import made as made_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -21,21 +25,31 @@ pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from shardxform.ask.recipe import Heal  # noqa: E402
+from shardxform.base.file_system import FileSystem  # noqa: E402
 from shardxform.errors import SchemeError  # noqa: E402
-from shardxform.tuning import healer, merging  # noqa: E402
+from shardxform.plan.steps import BlockSize  # noqa: E402
+from shardxform.tuning import healer, merging, session  # noqa: E402
+from shardxform.tuning.heal import HealResult  # noqa: E402
 from shardxform.tuning.merging import aligned, groups_of  # noqa: E402
+from shardxform.tuning.samples import Judged  # noqa: E402
 from shardxform.verification import verify  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
+SMALL_MOE = smaller(experts=16, top=4)
 FEW = list(range(4))
 MERGE = ("--merge", *DATA)
+SHAPES = ((4096, 14336), (7168, 2048), (2048, 512), (128, 64))  # Mixtral, DeepSeek-V3, Qwen3.5-35B-A3B, small-moe
 SHORT = ("--heal", "all", "--heal-iters", "2", "--heal-lr", "0.002", "--batch-size", "2")
+
+
+def made(folder: Path, command: str, keep: str, *more: str) -> Path:
+    return made_of(folder, command, keep, *more, source=SMALL_MOE)
 
 
 @pytest.fixture(scope="module")
 def keep(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(keep_file(tmp_path_factory.mktemp("keep"), FEW, [0, 1, 2, 3]))
+    return str(keep_file(tmp_path_factory.mktemp("keep"), FEW, LAYERS))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +110,6 @@ def test_the_first_block_is_merged_as_a_program_apart_does(
     ids: list[Any] = []
     monkeypatch.setattr(bench_merging, "load_windows", lambda *_: ids[0])
     from shardxform.calibration import Windows
-    from shardxform.tuning import session
 
     def tuner(self: Any, view: Any, windows: Any, *rest: Any) -> None:
         learned = [n for n in range(len(windows.ids_NT)) if n not in JUDGES]
@@ -183,10 +196,49 @@ def test_it_is_rounded_in_one_pass(keep: str, tmp_path: Path, more: tuple[str, .
     assert any(block["healed"]["merged"] for block in blocks_of(out))
 
 
-def test_threads_change_no_byte(keep: str, merged: Path, tmp_path: Path) -> None:
+def test_threads_change_no_byte_and_the_work_is_told_expert_by_expert(
+    keep: str, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While experts are merged, and while windows judge them, nothing else is done for a minute at a real shape."""
+    told: list[list[int]] = []
+    real = session.Tuner.tune
+
+    def tune(self: Any, step: Any, work: Path, target: Any, fs: Any, on_work: Any, stopped: Any) -> Any:
+        told.append([])
+
+        def count(tokens: int) -> None:
+            told[-1].append(tokens)
+            on_work(tokens)
+
+        facts = real(self, step, work, target, fs, count, stopped)
+        passes, judged = 2 * SAMPLES * SEQLEN, 5 * SEQLEN
+        assert sum(told[-1]) == step.block_tokens == passes + step.merging_tokens + judged
+        assert step.merging_tokens == (SAMPLES - 1) * SEQLEN * (16 + 12) // 4
+        return facts
+
+    monkeypatch.setattr(session.Tuner, "tune", tune)
     torch.set_num_threads(3)
-    call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", keep, "-q", *MERGE)
+    shown = call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", keep, *MERGE).output
     assert bytes_of(tmp_path / "out") == bytes_of(merged)
+    assert [sum(0 < tokens <= 80 for tokens in each) for each in told] == [16 + 12 + 5] * len(LAYERS)
+    done, total = re.findall(r"prune: ([\d,]+) of ([\d,]+) tokens", shown)[-1]
+    assert done == total
+
+
+def test_the_disk_that_merged_experts_take_is_asked_for(
+    keep: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie beside the hidden states until their block is done: four experts of a block in 16 bits."""
+    command = ("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", keep, "--dry-run", "--json", *DATA)
+    without, with_them = (json.loads(call(*command, *more).stdout) for more in (("--heal",), ("--merge",)))
+    experts = read_checkpoint(SMALL_MOE)["model.layers.0.mlp.experts.gate_up_proj"].array()
+    size = experts.nbytes // 16 * 4 * 3 // 2
+    assert with_them["work_bytes"] - without["work_bytes"] == size
+    needed = with_them["bytes"] + with_them["work_bytes"]
+    monkeypatch.setattr(FileSystem, "free_bytes", lambda *_: needed - 1)
+    refused = call(*(each for each in command if each not in ("--dry-run", "--json")), "--merge", code=1).output
+    assert "more, but only" in refused
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.crash
@@ -211,9 +263,35 @@ def test_the_card_and_the_dry_run_say_it(keep: str, merged: Path, tmp_path: Path
     card = call("card", str(merged)).output
     count = sum(block["healed"]["merged"] > 0 for block in blocks_of(merged))
     assert "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356)" in card
-    assert f"{count} of 4 blocks" in card
+    assert f"{count} of 2 blocks" in card
     assert "--merge" in card
-    assert "--heal" not in card
+    assert "heal" not in card.lower()
+    assert "| block | pruned | merged | ratio | how far |" in card
+    assert "What pruned experts knew is lost, but for what of it was merged into others." in card
+    assert "healed" not in call("prune", str(SMALL_MOE), str(merged), "-m", keep, *MERGE).output
+
+
+def test_means_that_are_no_numbers_are_nothing_that_a_record_has() -> None:
+    judged = Judged(1, 63, held_out=True)
+    result = HealResult(
+        start_loss=0.5,
+        loss=0.5,
+        judged=judged,
+        ratio_error=0.0,
+        what=None,
+        lr=0.0,
+        tried=(),
+        diverged=False,
+        merged_loss=math.inf,
+    )
+    facts = session._heal_facts(result, 0, merges=True)
+    assert (facts["merged"], facts["merged_error"]) == (0.0, None)
+
+
+def test_as_many_are_aligned_at_once_as_fit() -> None:
+    """One takes gigabytes where experts are as wide as Mixtral's: no more memory with more threads."""
+    sizes = [BlockSize(nbytes=0, original_nbytes=0, features=0, down=down) for down in SHAPES]
+    assert [size.merged_at_once for size in sizes] == [1, 1, 24, 32]
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
@@ -239,7 +317,7 @@ def test_what_does_not_go_with_it_is_refused(keep: str, tmp_path: Path, more: tu
 
 
 def test_it_is_refused_where_no_expert_goes(tmp_path: Path) -> None:
-    everyone = keep_file(tmp_path, list(range(16)), [0, 1, 2, 3])
+    everyone = keep_file(tmp_path, list(range(16)), LAYERS)
     refused = call("prune", str(SMALL_MOE), str(tmp_path / "out"), "-m", str(everyone), *MERGE, code=1).output
     assert "nothing is pruned" in refused
 

@@ -20,7 +20,7 @@ torch = pytest.importorskip("torch")
 
 from shardxform.tuning import elementwise, stacked  # noqa: E402
 from shardxform.tuning.elementwise import Pace  # noqa: E402
-from shardxform.tuning.workers import Workers  # noqa: E402
+from shardxform.tuning.workers import Workers, one_thread  # noqa: E402
 
 pytestmark = pytest.mark.oracle
 
@@ -261,6 +261,17 @@ def test_shapes_and_types_that_cannot_be_packed_are_refused() -> None:
         stack(torch.zeros(1, 4, 32, dtype=torch.float64), Grid(group_size=32))
     with pytest.raises(SchemeError, match="contiguous"):
         stack(torch.zeros(2, 64, 32).transpose(1, 2), Grid(group_size=32))
+
+
+def test_workers_have_no_more_under_way_than_they_may() -> None:
+    """Each of them may take gigabytes, whatever the number of threads."""
+    begun: list[int] = []
+    with Workers(4) as workers:
+        for taken, _ in enumerate(workers.ordered(begun.append, range(12), 2)):
+            assert len(begun) <= taken + 2
+        with one_thread():
+            for taken, _ in enumerate(workers.ordered(begun.append, range(12), 1)):
+                assert len(begun) == 12 + taken + 1
 
 
 def test_workers_give_results_in_order_and_pass_errors_on() -> None:

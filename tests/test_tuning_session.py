@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from faults import kill_when_there, killed_after
+from smaller import ROUTED, smaller
 from strategies import picked
 from test_forward import fuse_experts
 from test_verify_independent import found as second_opinion
@@ -29,6 +30,12 @@ pytestmark = pytest.mark.oracle
 DATA = ("--samples", "4", "--seqlen", "64", "--iters", "3", "--batch-size", "2", "--dtype", "float32")
 
 
+@pytest.fixture(scope="module")
+def small_moe() -> Path:
+    """Three blocks: one can be done, one in work, and one to come."""
+    return smaller(blocks=3)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -42,7 +49,7 @@ def arguments(source: Path, out: Path, *more: str) -> list[str]:
     return ["quantize", str(source), str(out), "--method", "auto-round", "--data", text, *DATA, "-q", *more]
 
 
-WEIGHTS = 72 - 4 * 2 + 4 * 16 * 3  # of the small model, its fused experts one by one
+WEIGHTS = 54 - 3 * 2 + 3 * ROUTED * 3  # of the small model, its fused experts one by one
 
 
 def tune(source: Path, out: Path, *more: str, code: int = 0) -> Result:
@@ -57,12 +64,12 @@ def bytes_of(root: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One uninterrupted run on the small trained checkpoint."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("tuned") / "out"
-    tune(Path(__file__).resolve().parents[1] / "examples" / "small-moe", out)
+    tune(small_moe, out)
     torch.set_num_threads(before)
     return out
 
@@ -73,7 +80,7 @@ def test_the_output_says_how_it_was_made(small_moe: Path, tuned: Path) -> None:
     assert record["inputs"]["recipe"]["iters"] == 3
     assert record["inputs"]["recipe"]["data"]["data"] == "calib.jsonl"
     blocks = record["facts"]["blocks"]
-    assert [block["layer"] for block in blocks] == [0, 1, 2, 3]
+    assert [block["layer"] for block in blocks] == [0, 1, 2]
     assert all(0 < block["tuned_error"] <= block["rtn_error"] for block in blocks)
     config = json.loads((tuned / "config.json").read_text())
     assert config["quantization_config"]["iters"] == 3
@@ -101,7 +108,7 @@ def test_the_recorded_errors_are_those_of_what_was_written(small_moe: Path, tune
             )
             scales = tensors[f"{stem}.scales"].float().repeat_interleave(128, dim=0)
             plain[f"{stem}.weight"] = ((codes - 8) * scales).T.contiguous()
-    fuse_experts(plain, layers=4, experts=16)
+    fuse_experts(plain, layers=3, experts=ROUTED)
     folder = tuned.parent / "plain"
     folder.mkdir()
     save_file(plain, folder / "model.safetensors", {"format": "pt"})
@@ -131,7 +138,7 @@ def test_the_same_command_finds_it_complete(small_moe: Path, tuned: Path) -> Non
     before = bytes_of(tuned)
     told = tune(small_moe, tuned).output
     assert "already complete" in told
-    assert [line.split()[0] for line in told.splitlines() if "%" in line] == ["0", "1", "2", "3"]
+    assert [line.split()[0] for line in told.splitlines() if "%" in line] == ["0", "1", "2"]
     assert bytes_of(tuned) == before
     refused = tune(small_moe, tuned, "--iters", "4", code=1)
     assert "--iters: was 3, now 4" in refused.output
@@ -154,7 +161,7 @@ def test_where_it_goes_on_and_whose_time_it_is_are_said(small_moe: Path, tmp_pat
         assert CliRunner().invoke(main, loud).exit_code == 130
     result = CliRunner().invoke(main, loud)
     assert result.exit_code == 0, result.output
-    assert "quantize: going on with block 2: 1,792 of 3,584 tokens done already\n" in result.stderr
+    assert "quantize: going on with block 2: 1,792 of 2,688 tokens done already\n" in result.stderr
     assert re.search(r"time +[\d.]+ s in this run, [\d.]+ MB from an earlier one\n", result.stdout)
 
 
@@ -171,7 +178,7 @@ def test_a_record_that_says_odd_things_of_blocks_is_passed_over(
     assert tune(small_moe, out).stdout == f"{out}: already complete, made from the same inputs; nothing written\n"
 
 
-@pytest.mark.parametrize("stop_at", picked([4, 16, 1, 9], 4))
+@pytest.mark.parametrize("stop_at", picked([4, 11, 1, 7], 4))
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
     small_moe: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
@@ -249,24 +256,33 @@ def stopped_after(source: Path, out: Path, blocks: int, *more: str) -> None:
 # -- independent blocks -----------------------------------------------------------------------------------------------
 
 
-def test_parts_tuned_apart_join_to_the_bytes_of_one_run(small_moe: Path, tmp_path: Path) -> None:
-    tune(small_moe, tmp_path / "whole", "--inputs", "fp")
-    for name, blocks in (("a", "2-3"), ("b", "0-1")):
+@pytest.fixture(scope="module")
+def whole(small_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run over all of them."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tune(small_moe, out, "--inputs", "fp")
+    torch.set_num_threads(before)
+    return out
+
+
+def test_parts_tuned_apart_join_to_the_bytes_of_one_run(small_moe: Path, whole: Path, tmp_path: Path) -> None:
+    for name, blocks in (("a", "1-2"), ("b", "0")):
         said = tune(small_moe, tmp_path / name, "--inputs", "fp", "--blocks", blocks).output
         assert "left to others" in said
         assert not (tmp_path / name / "config.json").exists()
     join = ("--inputs", "fp", "--join", str(tmp_path / "a"), "--join", str(tmp_path / "b"))
     before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
     tune(small_moe, tmp_path / "joined", *join)
-    assert bytes_of(tmp_path / "joined") == bytes_of(tmp_path / "whole")
+    assert bytes_of(tmp_path / "joined") == bytes_of(whole)
     assert {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()} == before
 
 
-def test_a_part_alone_can_be_finished_where_it_is(small_moe: Path, tmp_path: Path) -> None:
-    tune(small_moe, tmp_path / "whole", "--inputs", "fp")
+def test_a_part_alone_can_be_finished_where_it_is(small_moe: Path, whole: Path, tmp_path: Path) -> None:
     tune(small_moe, tmp_path / "part", "--inputs", "fp", "--blocks", "1")
     tune(small_moe, tmp_path / "part", "--inputs", "fp")
-    assert bytes_of(tmp_path / "part") == bytes_of(tmp_path / "whole")
+    assert bytes_of(tmp_path / "part") == bytes_of(whole)
 
 
 def test_parts_of_other_inputs_are_refused(small_moe: Path, tmp_path: Path) -> None:
@@ -293,8 +309,8 @@ def test_other_formats_hold_the_same_values(small_moe: Path, tuned: Path, tmp_pa
 def test_pruning_and_tuning_in_one_pass_is_pruning_then_tuning(small_moe: Path, tmp_path: Path) -> None:
     """In 8 bits; `compress` does it in 4."""
     keep = tmp_path / "keep.json"
-    ids = list(range(0, 16, 2))
-    keep.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": {str(n): ids for n in range(4)}}))
+    ids = list(range(0, ROUTED, 2))
+    keep.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "keep": {str(n): ids for n in range(3)}}))
     tune(small_moe, tmp_path / "one", "-m", str(keep), "--scheme", "W8A16")
     result = CliRunner().invoke(main, ["prune", str(small_moe), str(tmp_path / "pruned"), "-m", str(keep), "-q"])
     assert result.exit_code == 0, result.output
@@ -308,7 +324,7 @@ def test_pruning_and_tuning_in_one_pass_is_pruning_then_tuning(small_moe: Path, 
 def test_a_block_without_a_weight_to_tune_is_passed(small_moe: Path, tmp_path: Path) -> None:
     tune(small_moe, tmp_path / "out", "--keep-16bit", "model.layers.1.*")
     blocks = json.loads((tmp_path / "out" / "shardxform.json").read_text())["facts"]["blocks"]
-    assert [block["layer"] for block in blocks] == [0, 2, 3]
+    assert [block["layer"] for block in blocks] == [0, 2]
     stopped_after(small_moe, tmp_path / "again", 1, "--keep-16bit", "model.layers.1.*")
     tune(small_moe, tmp_path / "again", "--keep-16bit", "model.layers.1.*")
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
@@ -317,7 +333,7 @@ def test_a_block_without_a_weight_to_tune_is_passed(small_moe: Path, tmp_path: P
 def test_padding_and_batches_cover_all_windows(small_moe: Path) -> None:
     from shardxform.calibration import DataOptions, load_windows
 
-    windows = load_windows(small_moe, DataOptions(data=str(small_moe / "text/calib.jsonl"), samples=5, seqlen=512))
+    windows = load_windows(small_moe, DataOptions(data=str(few("calib.jsonl")), samples=5, seqlen=512))
     assert [(batch.start, batch.stop) for batch in batches(windows)] == [(0, 4), (4, 5)]
 
 
@@ -388,7 +404,7 @@ def test_an_expert_of_zeros_is_told_as_of_plain_rounding(small_moe: Path, tmp_pa
     data = bytearray(shard.read_bytes())
     head = int.from_bytes(data[:8], "little")
     first, last = json.loads(data[8 : 8 + head])[name]["data_offsets"]
-    each = (last - first) // 16
+    each = (last - first) // ROUTED
     data[8 + head + first + 3 * each : 8 + head + first + 4 * each] = bytes(each)
     shard.write_bytes(bytes(data))
     said = tune(copy, tmp_path / "out", "--iters", "1", "--samples", "2").output

@@ -192,6 +192,51 @@ def test_healed_outputs_may_be_anything_that_is_like_the_source(tmp_path: Path) 
     assert all("times the source's size, expected below 1" in p.message for p in problems)
 
 
+def test_healed_weights_may_be_as_far_as_the_steps_of_the_record(tmp_path: Path) -> None:
+    """Weights of the other sign are twice their size away: within ten steps of a half, not of a hundredth."""
+    source, out = make(tmp_path / "source", "qwen3_moe", "per-expert"), tmp_path / "out"
+    run(plan_prune(Checkpoint.open(source), manifest_of(source)), out)
+    turned = {name: other_sign(raw) if ".layers." in name else raw for name, raw in read_checkpoint(out).items()}
+    rewrite(out, turned)
+    for lr, problems in ((0.5, 0), (0.01, sum(".layers." in name for name in turned))):
+        told = {"what": "all", "lr": lr, "iters": 10}
+        edit_json(out / "shardxform.json", lambda r, told=told: claim_healed(r, {"what": "all", "iters": 10}, told))
+        assert len(found(out, source)) == problems
+
+
+def test_what_others_were_merged_into_may_be_as_large_as_they_are(tmp_path: Path) -> None:
+    """An expert that was hardly there is a mean of such that were not: 40 times its size away."""
+    source, out = make(tmp_path / "source", "qwen3_moe", "per-expert"), tmp_path / "out"
+    manifest, tensors = manifest_of(source), read_checkpoint(source)
+    kept, gone = (f"model.layers.1.mlp.experts.{e}.up_proj.weight" for e in (manifest.keep[1][0], 0))
+    assert 0 not in manifest.keep[1]
+    tensors[kept] = times(tensors[kept], 0.025)
+    rewrite(source, tensors)
+    run(plan_prune(Checkpoint.open(source), manifest), out)
+    written, name = read_checkpoint(out), kept.replace(f"experts.{manifest.keep[1][0]}.", "experts.0.")
+    told = {"what": None, "lr": 0.0, "iters": 0, "merged": 1.0}
+    for factor, problems in ((1.0, []), (8.0, [name])):
+        rewrite(out, {**written, name: times(tensors[gone], factor)})
+        recipe = {"what": "experts", "iters": 0, "merge": True}
+        edit_json(out / "shardxform.json", lambda r, recipe=recipe: claim_healed(r, recipe, told))
+        assert [p.where for p in found(out, source)] == problems
+
+
+def times(raw: Any, factor: float) -> Any:
+    bits = ((raw.float32() * factor).astype("<f4").view("<u4") >> 16).astype("<u2")
+    return (raw.dtype, raw.shape, bits.tobytes()) if raw.dtype == "BF16" else raw
+
+
+def other_sign(raw: Any) -> Any:
+    return times(raw, -1)
+
+
+def claim_healed(record: dict[str, Any], heal: dict[str, Any], told: dict[str, Any]) -> None:
+    """The record of an output all of whose blocks were healed alike."""
+    record["inputs"]["recipe"] = {"heal": heal}
+    record["facts"]["blocks"] = [{"layer": layer, "healed": told} for layer in range(4)]
+
+
 # -- unsound ones --------------------------------------------------------------------------------------------------
 
 

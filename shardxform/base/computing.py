@@ -34,9 +34,7 @@ def of_model(device: str) -> dict[str, str]:
 
     Constants of the code stand for themselves: a version under development may have others.
     """
-    from importlib.metadata import version  # with it come parsers of mail, which most commands need not load
-
-    libraries = {name: version(name) for name in _LIBRARIES}
+    libraries = {name: _version(name) for name in _LIBRARIES}
     return {**of_rounding(), **libraries, **_device(device.partition(":")[0], device), "constants": _constants()}
 
 
@@ -58,6 +56,13 @@ def here(names: Iterable[str]) -> dict[str, str]:
 def without(inputs: Mapping[str, object]) -> dict[str, Any]:
     """Inputs but for what computed: what a finished result is compared by."""
     return {key: value for key, value in inputs.items() if key != KEY}
+
+
+@functools.cache
+def _version(library: str) -> str:
+    from importlib.metadata import version  # with it come parsers of mail, which most commands need not load
+
+    return version(library)
 
 
 def _device(kind: str, device: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from shardxform.cli.console import (
     with_options,
 )
 from shardxform.cli.inputs import family_words, load_text, make_precision, open_named, refuse_nothing_pruned, require
-from shardxform.cli.outputs import Block, judged_on, tell_blocks, told_blocks
+from shardxform.cli.outputs import Block, judged_on, only_merged, tell_blocks, told_blocks
 from shardxform.cli.select import ChoiceFlags
 from shardxform.cli.tuning import Tuning, read_tuning
 from shardxform.compress.request import CompressOptions, Pruning, Request
@@ -300,7 +300,8 @@ class _Watcher:
         recipe = self.request.recipe
         if recipe is None:
             return ""
-        done = [what for what, asked in (("healed", recipe.heal is not None), ("tuned", recipe.iters > 0)) if asked]
+        healed = "healed" if recipe.heal and recipe.heal.iters else "merged"
+        done = [what for what, asked in ((healed, recipe.heal is not None), ("tuned", recipe.iters > 0)) if asked]
         return f", {' and '.join(done)} on {_size(self.request.tune_windows)}"
 
 
@@ -463,14 +464,13 @@ def _block_lines(blocks: Sequence[Block]) -> Iterator[tuple[str, str]]:
     """What healing and tuning did, over all blocks."""
     healed = [block["healed"] for block in blocks if block.get("healed")]
     tuned = [block for block in blocks if block.get("rtn_error")]
-    for label, found, before, after in (
-        ("healed", healed, "pruned_error", "healed_error"),
-        ("tuned", tuned, "rtn_error", "tuned_error"),
+    for label, what, found, before, after in (
+        ("merged" if only_merged(healed) else "healed", "pruning", healed, "pruned_error", "healed_error"),
+        ("tuned", "rounding", tuned, "rtn_error", "tuned_error"),
     ):
         total = sum(block[before] for block in found)
         if total:
             share = sum(block[after] for block in found) / total
-            what = "pruning" if label == "healed" else "rounding"
             yield label, f"squared error {share:.1%} of that of {what}, over {count(len(found), 'block')}"
     if (healed or tuned) and (text := judged_on(blocks)):
         yield "", f"on {text}"

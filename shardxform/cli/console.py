@@ -66,7 +66,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "target.g_idx": "--g-idx",
     "options.gguf.pre_tokenizer": "--pre-tokenizer",
     "options.gguf.kind": "--gguf-type",
-    "recipe": "--method or --heal",
+    "recipe": "--method, --heal or --merge",
     "heal": "--heal",
     "heal.what": "--heal",
     "heal.iters": "--heal-iters",

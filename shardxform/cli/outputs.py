@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from shardxform.cli.tuning import OnRay, RayTasks
     from shardxform.execution.runner import StepPool
 
-__all__ = ["Block", "execute", "judged_on", "tell_blocks", "told_blocks"]
+__all__ = ["Block", "execute", "judged_on", "only_merged", "tell_blocks", "told_blocks"]
 
 Block = Mapping[str, Any]
 """What the record of an output, which JSON holds, says of a decoder block."""
 _AS_PRUNED: Final = {"pruned_error": 0.0}
 _HEALED: Final = ("block", "squared error, pruned", "healed", "ratio", "what", "step")
+_MERGED: Final = (*_HEALED[:2], "merged", *_HEALED[3:])
 _TUNED: Final = ("block", "squared error, rounded", "tuned", "ratio", "never reached")
 
 
@@ -111,7 +112,7 @@ def _pool(ray: OnRay | None) -> AbstractContextManager[StepPool | None]:
 def _dry_facts(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -> dict[str, object]:
     """Figures of a plan that is not run."""
     beside: dict[str, object] = {"ray": tasks.to_dict()} if tasks else {}
-    work = {"work_bytes": options.tuner.work_bytes} if options.tuner else {}
+    work = {"work_bytes": options.tuner.work_bytes + plan.work_bytes} if options.tuner else {}
     return {**beside, **work, "state": state_of(out, plan).name}
 
 
@@ -153,8 +154,9 @@ def _needs(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -
         yield "ray", tasks.line
     else:
         yield "memory", f"about {gb(plan.peak_bytes(options.jobs))} at {count(options.jobs, 'job')}"
-    work = options.tuner.work_bytes if options.tuner else 0
-    states = f", {gb(work)} of it for hidden states until OUT is complete" if work else ""
+    work = options.tuner.work_bytes + plan.work_bytes if options.tuner else 0
+    what = "hidden states and merged experts" if plan.work_bytes else "hidden states"
+    states = f", {gb(work)} of it for {what} until OUT is complete" if work else ""
     free = FileSystem().free_bytes(out.absolute())
     yield "free disk", f"{gb(free)} of {gb(plan.nbytes + work)} needed{states}"
 
@@ -277,12 +279,18 @@ def tell_blocks(facts: Mapping[str, object], measured: Sequence[Block] = ()) -> 
     healed = [block for block in blocks if "healed" in block]
     tuned = [block for block in blocks if "rtn_error" in block or "rounded_to_nearest" in block]
     if healed:
-        _show_table(_HEALED, [_healed_line(block) for block in healed], () if tuned else _endings(healed))
+        header = _MERGED if only_merged([block["healed"] for block in healed]) else _HEALED
+        _show_table(header, [_healed_line(block) for block in healed], () if tuned else _endings(healed))
     if tuned:
         _show_table(_TUNED, [_tuned_line(block) for block in tuned], _endings(tuned))
     if healed or tuned:
         _tell_judges(blocks)
     _warn(blocks)
+
+
+def only_merged(healed: Sequence[Block]) -> bool:
+    """Whether blocks were merged, as far as that was better, and no step of healing was asked for."""
+    return bool(healed) and all("merged" in each and each.get("iters") == 0 for each in healed)
 
 
 def judged_on(blocks: Sequence[Block]) -> str:

@@ -247,7 +247,8 @@ def plan_compress(request: Request, *, force: bool = False) -> Prepared:
         stages = read_stages(request.folder)
         refuse_changed(request.folder, stages, prepared.changed(stages))
     if state.name != "finished":
-        beside = max(request.tuning_bytes, _hidden_bytes(request, request.eval_windows, request.precision))
+        states = _hidden_bytes(request, request.eval_windows, request.precision)
+        beside = max(request.tuning_bytes + sketch.work_bytes, states)
         Output(request.out, sketch, FileSystem()).refuse_too_little_space(beside)
     return prepared
 
@@ -436,7 +437,7 @@ def _forecast(prepared: Prepared, options: CompressOptions, stages: Mapping[str,
     return replace(
         found,
         peak_memory_bytes=prepared.sketch.peak_bytes(options.jobs) + (0 if request.recipe else base - _PLAIN),
-        work_bytes=request.tuning_bytes,
+        work_bytes=request.tuning_bytes + prepared.sketch.work_bytes,
         written_bytes=prepared.sketch.nbytes,
         tokens=sum(map(step_tokens, prepared.sketch.steps)),
     )
@@ -548,6 +549,8 @@ def _amounts(prepared: Prepared, *, full_verify: bool = False) -> dict[str, _Wor
         once = recipe.windows_run * recipe.seqlen * (1 if recipe.inputs == "fp" else 2)  # through both chains, no step
         timed = recipe.heal.seconds if recipe.heal else 0
         tokens = once + _STEP * (recipe.block_tokens - once - (recipe.heal_tokens if timed else 0))
+        merging = [step_tokens(step) - recipe.block_tokens for step in sketch.steps if step_tokens(step)]
+        tokens += 0 if timed else max(merging, default=0)  # which has no backward pass
         tuned = _Work(
             products=tokens * reached,
             tokens=tokens * layout.num_layers,

@@ -290,7 +290,7 @@ def _run(output: Output, options: RunOptions, started_over: bool = False) -> _Lo
         return None
     refuse_obstacles(output.root, output.plan)
     beside = options.pool or options.tuner
-    output.refuse_too_little_space(beside.work_bytes if beside else 0)
+    output.refuse_too_little_space(output.plan.work_bytes + (beside.work_bytes if beside else 0))
     if options.pool:
         options.pool.begin(output)
     elif options.device != "cpu" and not options.tuner:  # refuse a device that is not there before anything is written
@@ -460,9 +460,14 @@ class _Loop:
         if tuner is None:
             raise ExecutionError("the plan tunes blocks, but the run has no tuner: give RunOptions(tuner=...)")
         self._fs.mkdir(self._output.states)
-        facts = tuner.tune(
-            step, self._output.states, files.target, self._fs, self._count_tokens, self._refuse_if_stopped
-        )
+        before, share = self._tokens, step_tokens(step)
+
+        def count(tokens: int) -> None:
+            """Never more than the step's share, which is a guess where held-out windows decide how much is done."""
+            self._count_tokens(min(tokens, before + share - self._tokens))
+
+        facts = tuner.tune(step, self._output.states, files.target, self._fs, count, self._refuse_if_stopped)
+        count(share)  # the rest of it
         self._count(written_by(step))
         return facts
 

@@ -31,6 +31,7 @@ from shardxform.formats.plain import Plain
 from shardxform.formats.scheme import Grid
 from shardxform.formats.sources import Constant, Rounded
 from shardxform.formats.stored import as_plain, read_stored
+from shardxform.model.tied_head import head_differs
 from shardxform.plan.gguf_files import lay_out_gguf
 from shardxform.plan.plan import Extent, Plan, ShardPlan, Step, copy_steps, extents_of
 from shardxform.plan.steps import (
@@ -295,7 +296,8 @@ class GgufFiles:
     @property
     def notes(self) -> tuple[str, ...]:
         """What llama.cpp runs in another way, and cannot be told."""
-        return tuple(rotation_notes(self.contents.architecture.config, "llama.cpp"))
+        architecture = self.contents.architecture
+        return (*rotation_notes(architecture.config, "llama.cpp"), *architecture.kind.notes(architecture))
 
     def plan(
         self,
@@ -335,7 +337,18 @@ class GgufFiles:
 def drafted(
     source: Checkpoint, view: View, types: Types, options: ViewOptions, healed: Iterable[str] = ()
 ) -> GgufFiles:
-    """Draft the files of a view of `source`; raises like `gguf_contents` and `Contents.shards`."""
+    """Draft the files of a view of `source`.
+
+    Raises:
+        SchemeError, PlanError: see `gguf_contents` and `GgufContents.shards`; or a tied output head is stored, and is
+            another than the embeddings that llama.cpp would run.
+
+    """
+    if head_differs(source, view.source_layout):
+        raise SchemeError(
+            f"tensor '{view.source_layout.head}' is not the embeddings that config.json ties it to, and GGUF has one of"
+            " the two: set tie_word_embeddings to false, or remove the tensor"
+        )
     contents = gguf_contents(view, types, healed)
     shards = contents.shards(source, options.gguf or GgufOptions(), options.max_shard_bytes)
     return GgufFiles(view=view, contents=contents, shards=shards)

@@ -221,6 +221,11 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def work_bytes(self) -> int:
+        """Bytes of disk that a step needs beside the output while it is done; hidden states are for who tunes."""
+        return max((int(getattr(step, "work_bytes", 0)) for step in self.steps), default=0)
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of all output tensors."""
         return sum(shard.nbytes - len(shard.head) for shard in self.shards)

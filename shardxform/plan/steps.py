@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NamedTuple, cast
 
 from shardxform.ask.recipe import HEALED, Heal, Recipe
-from shardxform.base.constants import BATCH_TOKENS, MERGE_TILE
+from shardxform.base.constants import BATCH_TOKENS, MERGE_TILE, MERGE_TOKENS, MERGED_SHARES
 from shardxform.base.tensors import ByteRange, TensorRef, natural_key
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError, SchemeError
@@ -66,7 +67,11 @@ _SLACK: Final = 0.5  # bytes a byte of the block: tiles, and holes that freed me
 _TUNED: Final = 1.0  # an offset of two bytes beside each weight of 16 bits
 _HEALED: Final = 0.5  # one byte beside it
 _MERGED: Final = 20  # bytes for each pair of channels of two experts: their distances, and SciPy's copy of these
-_AT_ONCE: Final = 6  # experts that are held in float32 while others are merged into them
+_DENSE: Final = 12  # bytes of an expert in float32 for each row and column of its down projection
+_AT_ONCE: Final = 6  # times that one is held so while others are merged into it
+_BESIDE: Final = 3  # times that each of those others is
+_MERGING: Final = 1 << 30  # bytes that several of them may take together
+_MOST: Final = 32  # of them at once, whatever they take
 _PER_FEATURE: Final = 34  # bytes that a token leaves behind for each row and column of the block's widest linear layer
 
 
@@ -78,14 +83,30 @@ class BlockSize:
         nbytes: its weights as they are tuned, after pruning.
         original_nbytes: its weights in the source.
         features: rows and columns of its widest linear layer.
+        routed_nbytes: of its weights, those of routed experts.
         down: shape [H, J] of an expert's down projection in the source; zeros where there is none.
+        experts, top_k: how many there are in the source, and how many of them a token reaches.
 
     """
 
     nbytes: int
     original_nbytes: int
     features: int
+    routed_nbytes: int = 0
     down: tuple[int, int] = (0, 0)
+    experts: int = 0
+    top_k: int = 1
+
+    @property
+    def merged_at_once(self) -> int:
+        """Pruned experts that are put in another's order at once, at most: as many as fit, whatever the threads."""
+        return max(1, min(_MOST, _MERGING // max(1, self._aligning_bytes)))
+
+    @property
+    def _aligning_bytes(self) -> int:
+        """What it takes to put the channels of one expert in the order of another's."""
+        rows, channels = self.down
+        return _MERGED * channels**2 + _BESIDE * _DENSE * rows * channels
 
     def peak_bytes(self, recipe: Recipe) -> int:
         """Of the process that does the step: the original block puts out its states first, then the block is tuned."""
@@ -93,32 +114,36 @@ class BlockSize:
         before = self.original_nbytes
         if recipe.heal and recipe.heal.merge:
             rows, channels = self.down
-            before = max(before, 2 * MERGE_TILE + _MERGED * channels**2 + _AT_ONCE * 12 * rows * channels)
+            aligning = self.merged_at_once * self._aligning_bytes
+            before = max(before, 2 * MERGE_TILE + aligning + _AT_ONCE * _DENSE * rows * channels)
         resting = max(before, int((1 + beside) * self.nbytes)) + int(_SLACK * self.nbytes)
         return _LIBRARIES + resting + _PER_FEATURE * self.features * (BATCH_TOKENS + recipe.batch_tokens)
 
 
 def sizes_of(tensors: Mapping[str, TensorRef], places: Mapping[str, Place]) -> dict[int, BlockSize]:
     """By number, the sizes of decoder blocks that nothing was taken from."""
-    nbytes, features = Counter[int](), Counter[int]()
+    nbytes, routed, features = Counter[int](), Counter[int](), Counter[int]()
     for name, place in places.items():
         if place.scope != "block" or place.layer is None or name not in tensors:
             continue
         ref = tensors[name]
         nbytes[place.layer] += ref.nbytes
+        routed[place.layer] += ref.nbytes if place.template.is_expert_weight else 0
         if len(ref.spec.shape) == 2 and place.expert is None:
             features[place.layer] = max(features[place.layer], sum(ref.spec.shape))
     return {
-        layer: BlockSize(nbytes=size, original_nbytes=size, features=features[layer]) for layer, size in nbytes.items()
+        layer: BlockSize(nbytes=size, original_nbytes=size, features=features[layer], routed_nbytes=routed[layer])
+        for layer, size in nbytes.items()
     }
 
 
 def block_sizes(source: Checkpoint, view: View) -> dict[int, BlockSize]:
     """By number, the sizes of the decoder blocks of a view of `source`."""
-    before = sizes_of(source.tensors, view.source_layout.places)
-    after, down = sizes_of(view.checkpoint.tensors, view.layout.places), _down_shapes(source, view.source_layout)
+    layout = view.source_layout
+    before, after = sizes_of(source.tensors, layout.places), sizes_of(view.checkpoint.tensors, view.layout.places)
+    make, down = partial(replace, experts=layout.num_experts, top_k=layout.top_k), _down_shapes(source, layout)
     return {
-        layer: replace(size, original_nbytes=before[layer].nbytes, down=down.get(layer, (0, 0)))
+        layer: make(size, original_nbytes=before[layer].nbytes, down=down.get(layer, (0, 0)))
         for layer, size in after.items()
     }
 
@@ -299,9 +324,31 @@ class TuneBlock:
         return self.size.peak_bytes(self.recipe)
 
     @property
+    def work_bytes(self) -> int:
+        """Disk that it needs meanwhile, beside hidden states: the experts that others were merged into."""
+        return self.size.routed_nbytes if self.keep else 0
+
+    @property
+    def merging_tokens(self) -> int:
+        """Tokens that go through the block in the time that its pruned experts take to be merged into others.
+
+        All experts are run where a token reaches some, and pruned ones again for their channels.
+        """
+        if not self.keep:
+            return 0
+        tokens = min(MERGE_TOKENS, self.recipe.learned * self.recipe.seqlen)
+        return tokens * (2 * self.size.experts - len(self.keep)) // max(self.size.top_k, 1)
+
+    @property
+    def judged_tokens(self) -> int:
+        """Tokens that say how far the block goes to its merged experts."""
+        tries = 1 + len(MERGED_SHARES) if self.keep else 0
+        return tries * (self.recipe.samples - self.recipe.learned) * self.recipe.seqlen
+
+    @property
     def block_tokens(self) -> int:
         """Tokens that go through the block: the step's share of the work."""
-        return self.recipe.block_tokens
+        return self.recipe.block_tokens + self.merging_tokens + self.judged_tokens
 
 
 # -- heal --------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ written. Where pruned experts were merged into those that stay, a block begins a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -98,15 +98,22 @@ class BlockHealer:
         self._share = 0.0  # of the way to them
         self._losses: tuple[Loss, float] | None = None  # as it was pruned, and merged
 
-    def begin_merged(self, merged: MergedExperts, samples: Samples, heal: Heal, seed: int) -> None:
-        """Begin on the way to merged experts, as far as held-out samples say: nowhere, if nothing else is better."""
+    def begin_merged(
+        self, merged: MergedExperts, samples: Samples, heal: Heal, seed: int, on_judged: Callable[[], None]
+    ) -> None:
+        """Begin on the way to merged experts, as far as held-out samples say: nowhere, if nothing else is better.
+
+        `on_judged` is called whenever they have judged the block: as it was pruned, and each share of the way.
+        """
         dtype, tried = self._weights.precision.dtype, dict[float, float]()
         pruned, self._merged = judge_start(self._load, samples, heal, seed, dtype), merged
+        on_judged()
         for self._share in MERGED_SHARES:
             try:
                 tried[self._share] = judge_start(self._load, samples, heal, seed, dtype).mean
             except NonFiniteLoss:
                 tried[self._share] = math.inf
+            on_judged()
         best = min(tried, key=lambda share: tried[share])
         self._share = best if tried[best] < pruned.mean else 0.0
         self._losses = (pruned, tried[best])

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from shardxform.forward.skeleton import Block, Skeleton
     from shardxform.tuning.workers import Workers
 
-__all__ = ["MergedExperts", "Merger", "aligned", "groups_of"]
+__all__ = ["MergedExperts", "Merger", "Running", "aligned", "groups_of"]
 
 _CALLED_WITH: Final = ("hidden_states", "top_k_index", "top_k_weights")
 _ENTERING: Final = ("hidden_states",)
@@ -75,6 +75,24 @@ class _Seen(NamedTuple):
     logit_TE: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """How the work is done, which changes no result.
+
+    Attributes:
+        workers: threads, on a CPU.
+        at_once: experts that they may have in float32 at once, at most.
+        on_work: called with the share of the work that is done, ever more, up to 1.
+        stopped: raises when the run is to stop.
+
+    """
+
+    workers: Workers
+    at_once: int
+    on_work: Callable[[float], None]
+    stopped: Callable[[], None]
+
+
 class Merger:
     """Merges the pruned experts of one block into those that stay."""
 
@@ -84,8 +102,7 @@ class Merger:
         view: Skeleton,
         layer: int,
         keep: Sequence[int],
-        workers: Workers,
-        stopped: Callable[[], None],
+        running: Running,
     ) -> None:
         """Look at the block; nothing is read yet.
 
@@ -94,11 +111,10 @@ class Merger:
             view: the same pruned, whose expert k is `keep[k]` of the original.
             layer: of the block.
             keep: experts that stay, ascending.
-            workers: threads, on a CPU.
-            stopped: raises when the run is to stop.
+            running: how the work is done.
 
         """
-        self._original, self._view, self._layer, self._workers, self._stopped = original, view, layer, workers, stopped
+        self._original, self._view, self._layer, self._running = original, view, layer, running
         self._keep, count = tuple(keep), original.layout.num_experts
         self._gone = tuple(expert for expert in range(count) if expert not in set(keep))
         self._precision = Precision(original.weights.precision.device, torch.float32)
@@ -121,6 +137,7 @@ class Merger:
         """
         with one_thread():
             seen = self._see(block, entering)
+            self._rows, self._rows_of_all = 0, len(seen.entering_RH)
             block.bank.loaded.clear()
             give_back()
             alike_KG, worth_E = self._alike(seen)
@@ -139,7 +156,7 @@ class Merger:
             hooks.append(_on_call(router[0], _ENTERING, lambda given: routed.append(given["hidden_states"])))
         try:
             for hidden_BTH in entering:
-                self._stopped()
+                self._running.stopped()
                 block(hidden_BTH)
                 taken += hidden_BTH.shape[0] * hidden_BTH.shape[1]
                 if taken >= MERGE_TOKENS:
@@ -186,8 +203,8 @@ class Merger:
                 alike_KG[:, at : at + len(gone)] += (kept_KX @ gone_gX.T).cpu()
         alike_KG = (1 + alike_KG / rows) / 2
         if seen.logit_TE is not None:
-            unit_ET = normalize(seen.logit_TE.T, dim=-1)
-            apart_KG = torch.cdist(unit_ET[list(self._keep)], unit_ET[list(self._gone)]).double().cpu()
+            logit_ET = seen.logit_TE.T.double().cpu()
+            apart_KG = _distances(logit_ET[list(self._keep)], logit_ET[list(self._gone)])
             alike_KG = (alike_KG + 1 - apart_KG / apart_KG.max().clamp(min=torch.finfo(torch.float32).tiny)) / 2
         return alike_KG, worth_E
 
@@ -207,19 +224,27 @@ class Merger:
             if not worth < float("inf"):
                 raise ExecutionError(f"block {self._layer}: the outputs of expert {expert} are not finite")
             worth_E[expert] += worth
+            self._tell(len(x_tH))
             yield unit_tH
 
     def _inner(self, values: ExpertValues, x_RH: torch.Tensor) -> torch.Tensor:
         """What enters the down projection [R, J]."""
         return self._between(linear(x_RH, values.gate_up_OH, values.gate_up_bias_O))
 
+    def _tell(self, rows: int) -> None:
+        """Say how far the work is, when an expert was run on some more rows: all are run, and pruned ones once more."""
+        self._rows += rows
+        self._running.on_work(self._rows / ((len(self._keep) + 2 * len(self._gone)) * self._rows_of_all))
+
     def _read(self, expert: int) -> RoutedExpert:
-        self._stopped()
+        self._running.stopped()
         return self._original.weights.expert("block", self._layer, expert)
 
     def _each(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         """Results in order, from threads on a CPU."""
-        return self._workers.ordered(function, items) if self._precision.device.type == "cpu" else map(function, items)
+        if self._precision.device.type != "cpu":
+            return map(function, items)
+        return self._running.workers.ordered(function, items, self._running.at_once)
 
     # -- what becomes of them -----------------------------------------------------------------------------------
 
@@ -259,6 +284,7 @@ class Merger:
         mean_JW = target_JW * (worths[0] / sum(worths))
         for worth, channels_JW in zip(worths[1:], self._each(align, map(self._read, group)), strict=True):
             mean_JW += channels_JW * (worth / sum(worths))
+            self._tell(len(x_RH))
         return self._of_channels(mean_JW, resting)
 
     def _channels(self, values: ExpertValues) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardxform.ask.recipe import Heal
-from shardxform.base.constants import STORED_TOKENS
+from shardxform.base.constants import MERGED_SHARES, STORED_TOKENS
 from shardxform.base.file_system import FileSystem, OpenTarget
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.base.tensors import TensorRef
@@ -424,10 +424,19 @@ class _BlockRun:
 
     def _merge(self) -> MergedExperts:
         """Merge pruned experts into those that stay, by what enters the block where those before it are done."""
-        from shardxform.tuning.merging import Merger  # SciPy, which nothing else needs
+        from shardxform.tuning.merging import Merger, Running  # SciPy, which nothing else needs
 
         tuner, layer, keep = self._tuner, self._step.layer, self._step.keep
-        merger = Merger(tuner._original, self._skeleton, layer, keep, tuner._workers, self._stopped)
+        of_all, told = self._step.merging_tokens, 0
+
+        def on_work(share: float) -> None:
+            nonlocal told
+            self._on_work(round(share * of_all) - told)
+            told = round(share * of_all)
+
+        at_once = self._step.size.merged_at_once
+        running = Running(workers=tuner._workers, at_once=at_once, on_work=on_work, stopped=self._stopped)
+        merger = Merger(tuner._original, self._skeleton, layer, keep, running)
         with self._chains.samples(layer) as samples, tuner._original.block(layer) as block:
             learned_N = choose_judges(samples, self._step.recipe.seed).learned_N
             entering = (rows_as_float(samples.hidden_NTH, learned_N[at : at + 1]) for at in range(len(learned_N)))
@@ -444,7 +453,8 @@ class _BlockRun:
         healer = BlockHealer(self._skeleton, block, layer, forward, self._tuner._workers, self._step.kept)
         with self._chains.samples(layer) as samples:
             if merged:
-                healer.begin_merged(merged, samples, recipe.heal, recipe.seed)
+                tried = self._step.judged_tokens // (1 + len(MERGED_SHARES))
+                healer.begin_merged(merged, samples, recipe.heal, recipe.seed, lambda: self._on_work(tried))
             heal = self._decide(recipe.heal, lambda heal: healer.pace(samples, heal, recipe.seed))
             self._healed = healer.heal(samples, heal, recipe.seed)
         for item in self._step.kept:
@@ -570,8 +580,8 @@ def _reading(healer: BlockHealer) -> Read:
     return read
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _heal_facts(result: HealResult, iters: int, *, merges: bool) -> dict[str, Any]:
@@ -585,5 +595,5 @@ def _heal_facts(result: HealResult, iters: int, *, merges: bool) -> dict[str, An
         "iters": iters,
         "tried": tried,
         "diverged": result.diverged,
-        **({"merged": result.merged, "merged_error": result.merged_loss} if merges else {}),
+        **({"merged": result.merged, "merged_error": _number(result.merged_loss)} if merges else {}),
     }

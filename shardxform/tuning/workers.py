@@ -7,6 +7,7 @@ it. Scratch memory belongs to a thread and is used again.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -48,18 +49,21 @@ class Workers:
         """End the threads; tasks that have not begun are dropped."""
         self._pool.shutdown(cancel_futures=True)
 
-    def ordered(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    def ordered(self, function: Callable[[A], B], items: Iterable[A], at_once: int | None = None) -> Iterator[B]:
         """Yield `function(item)` for every item, in order; at most two results a thread wait to be taken.
+
+        With `at_once`, no more than so many are under way or wait to be taken, whatever the threads.
 
         One thread is the caller's own, where that has one torch thread as well: memory that it freed is used again.
         """
-        if self.threads == 1 and torch.get_num_threads() == 1:
+        most = min(at_once or sys.maxsize, 2 * self.threads + 1)
+        if min(self.threads, most) == 1 and torch.get_num_threads() == 1:
             yield from (_quietly(function, item) for item in items)
             return
         waiting: deque[Future[B]] = deque()
         for item in items:
             waiting.append(self._pool.submit(_quietly, function, item))
-            if len(waiting) > 2 * self.threads:
+            if len(waiting) >= most:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

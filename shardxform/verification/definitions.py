@@ -8,8 +8,9 @@ Nothing here is shared with what writes outputs; it is written to be checked by 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "SMALL",
+    "Moved",
     "PackedWeight",
     "Shifted",
     "Small",
@@ -35,6 +37,7 @@ _SMALLEST: Final = np.float32(np.float16(1e-5))  # of a scale, auto-round's
 
 
 _RUN: Final = 1 << 18  # elements at a time
+_ROUNDED_TOO: Final = 1.5  # times the steps of healing, for what rounding adds
 _TYPES: Final = {"BF16": "<u2", "F16": "<u2", "F32": "<u4", "F64": "<u8", "I32": "<i4", "I64": "<i8"}
 _WIDTHS: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 
@@ -75,13 +78,66 @@ class StoredBytes:
         return np.memmap(self.file, code, "r", self.begin, shape)
 
 
+class Beside:
+    """Weights whose steps in healing are of one size: the inner projections of an expert, or any other by itself."""
+
+    def __init__(self, weights: Sequence[PackedWeight]) -> None:
+        self._weights = weights
+
+    @cached_property
+    def size(self) -> float:
+        """The root of the sum of their squares, which are read when this is asked for."""
+        runs = ((weight, start, stop) for weight in self._weights for start, stop in weight.runs())
+        squares = (np.square(weight.values(start, stop), dtype=np.float64) for weight, start, stop in runs)
+        return math.sqrt(math.fsum(float(each.sum()) for each in squares))
+
+
+class Experts:
+    """The same projections of all experts of a block, one or several of which a merged expert is a mean of."""
+
+    def __init__(self, each: Sequence[Beside]) -> None:
+        self._each = each
+
+    @cached_property
+    def largest(self) -> float:
+        """Size of the largest: no mean of some of them is larger, in whatever order their channels are."""
+        return max(each.size for each in self._each)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moved:
+    """How far healing, and merging before it, can have taken a weight.
+
+    Attributes:
+        reach: sum of the steps, each a part of the root mean square of what is `beside`.
+        beside: the weight, and those that have one root mean square with it.
+        merged: experts of which it may be a mean; None where that is not so.
+
+    """
+
+    reach: float
+    beside: Beside
+    merged: Experts | None = None
+
+    def farthest(self, size: float) -> float:
+        """Most that its distance from a source's weight of that size can be, rounded too; reads weights.
+
+        What healing leaves is nearer to that than zero is, or within its steps where these are large.
+        """
+        steps = _ROUNDED_TOO * self.reach
+        if self.merged is None:
+            return max(size, steps * self.beside.size)
+        return size + max(2.0, 1 + steps) * self.merged.largest
+
+
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """Rows `rows`, each first and number, of a tensor; of words that hold `bits` each, with scales, where quantized.
 
     With a `slab`, an index of the first dimension and a first column, its rows are columns of that slab. Of some only
     `columns` are there; with `ids` its values are numbers of experts, of which these stay. Scales of its first row are
-    those of row `scaled_from` of theirs. With a `part` it is some of those rows: from the first on, a step apart.
+    those of row `scaled_from` of theirs. With a `part` it is some of those rows: from the first on, a step apart. With
+    `moved` it was healed, and what is written is another weight.
     """
 
     name: str
@@ -96,6 +152,7 @@ class PackedWeight:
     ids: tuple[int, ...] | None = None
     scaled_from: int = 0
     part: tuple[int, int] | None = None
+    moved: Moved | None = None
 
     @property
     def size(self) -> tuple[int, int]:

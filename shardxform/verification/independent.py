@@ -14,6 +14,7 @@ expert, quantized ones as the weights that they stand for. Names are those that 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ from numpy.typing import NDArray
 
 from shardxform.errors import CheckpointError, PlanError
 from shardxform.verification.definitions import (
+    Beside,
+    Experts,
+    Moved,
     PackedWeight,
     Small,
     nearest_bf16,
@@ -42,13 +46,10 @@ from shardxform.verification.independent_weights import (
     weights_apart,
 )
 
-__all__ = ["CODE", "FARTHEST_MERGED", "WantedWeights", "check_independently", "wanted_weights"]
+__all__ = ["CODE", "WantedWeights", "check_independently", "too_far", "wanted_weights"]
 
 CODE: Final = "independent"
 """Of every problem found here."""
-
-FARTHEST_MERGED: Final = 3.0
-"""How far an expert may be from the source's, in sizes of it, that others were merged into: about as large as it is."""
 
 _ROUTER: Final = re.compile(
     rf".*\.{HOME}\.(?:(?:(?:gate|router|experts)\.)?(?:e_score_correction_bias|expert_bias|router_bias)"
@@ -84,6 +85,8 @@ _COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _MTP_COUNTS: Final = ("mtp_num_hidden_layers", "num_mtp_modules", "num_nextn_predict_layers")
 _IN_TURNS: Final = ("gpt_oss",)  # types in whose stacks rows of gate and up projection take turns
 _FEWEST_STEPS: Final = 50  # of tuning, where nobody says
+_LARGEST_STEP: Final = 0.16  # of healing, where none was asked for
+_LAST: Final = ("down_proj", "w2")  # projections that have a root mean square of their own in healing
 
 
 def check_independently(
@@ -126,7 +129,7 @@ def check_independently(
     _check_counts(how, made, any(map(how.is_mtp, theirs)), findings)
     both = [name for name in wanted if name in ours]
     for name in both:
-        if text := how.difference(name, wanted[name], ours[name]):
+        if text := how.difference(wanted[name], ours[name]):
             findings.problem(CODE, ours[name].name, f"{'' if ours[name].name == name else f'{name}: '}{text}")
     return len(both)
 
@@ -142,8 +145,6 @@ class WantedWeights:
         experts: how many there are in a layer of the output.
         exact: grid that weights were rounded to nearest on, without a search; None where that is not known.
         offset: most that was added to a weight, in steps, before it was rounded.
-        healed: whether weights of decoder blocks were healed.
-        merged: whether experts may have been merged into those that stay.
 
     """
 
@@ -152,8 +153,6 @@ class WantedWeights:
     experts: int
     exact: Mapping[str, Any] | None
     offset: float
-    healed: bool
-    merged: bool
 
 
 def wanted_weights(
@@ -178,8 +177,7 @@ def wanted_weights(
             theirs = dict(in_quarters(theirs, config))
         how = _How.of(config, record, manifest, given, theirs)
         kept = len(next(iter(how.keep.values()))) if how.keep else how.experts
-        changed = (how.healed, how.merged)
-        return WantedWeights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset, *changed)
+        return WantedWeights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
 
@@ -199,7 +197,7 @@ class _How:
         text_only, drops_mtp: whether the vision tower, and the MTP layers, are left out.
         exact: grid of our record, where weights were rounded to nearest without a search; else None.
         offset: most that was added to a weight, in steps, before it was rounded.
-        healed, merged: whether weights were healed, and began with experts that others were merged into.
+        heals: how far weights were healed; None where they were not.
         dequantized: whether weights were quantized, and then written in 16 bits.
         quantizes, requantizes: whether `quantize` wrote it; whether it rounded again integers of the same grid.
 
@@ -215,8 +213,7 @@ class _How:
     drops_mtp: bool
     exact: Mapping[str, Any] | None
     offset: float
-    healed: bool
-    merged: bool
+    heals: _Heals | None
     dequantized: bool
     quantizes: bool = False
     requantizes: bool = False
@@ -258,8 +255,7 @@ class _How:
             drops_mtp=mtp == "drop" or (mtp == "auto" and prunes and not manifest.get("mtp_keep")),
             exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
             offset=_offset(recipe) if scheme.get("method") != "rtn" else 0.0,
-            healed=bool(recipe.get("heal")),
-            merged=bool((recipe.get("heal") or {}).get("merge")),
+            heals=_Heals.of(recipe.get("heal"), record.get("facts") if not converted else None),
             dequantized=converted and "quantization_config" not in config,
             quantizes=inputs.get("command") == "quantize",
             requantizes=bool(scheme.get("requantize")),
@@ -275,11 +271,12 @@ class _How:
 
     def wanted(self, weights: Mapping[str, PackedWeight]) -> Iterator[tuple[str, PackedWeight]]:
         """What the output must hold, by its names there."""
+        moved = self.heals.moved({n: w for n, w in weights.items() if not self.is_mtp(n)}) if self.heals else {}
         for name, weight in weights.items():
             layer, mtp = _LAYER.match(name), self.is_mtp(name)
             if (mtp and self.drops_mtp) or (self.text_only and name.startswith(_VISION)):
                 continue
-            if new := self._renumbered(name, weight, self._ids(layer, mtp)):
+            if new := self._renumbered(name, replace(weight, moved=moved.get(name)), self._ids(layer, mtp)):
                 yield self._renamed(new[0]), new[1]
 
     def _ids(self, layer: re.Match[str] | None, mtp: bool) -> list[int] | None:
@@ -317,13 +314,13 @@ class _How:
 
     # -- values ---------------------------------------------------------------------------------------------------
 
-    def difference(self, name: str, wanted: PackedWeight, found: PackedWeight) -> str:
+    def difference(self, wanted: PackedWeight, found: PackedWeight) -> str:
         """Say how a weight is not what it must be; empty where it is."""
         if wanted.shape != found.shape:
             return f"shape {list(found.shape)}, expected {list(wanted.shape)}"
         try:
-            if self.healed and _LAYER.match(name):
-                return _unlike(wanted, found, FARTHEST_MERGED if self.merged and EXPERT.fullmatch(name) else 1.0)
+            if wanted.moved:
+                return _unlike(wanted, found)
             if wanted.scales and found.scales and not self._is_anew(wanted, found):
                 return _same_codes(wanted, found)
             if found.scales:
@@ -390,6 +387,60 @@ class _How:
         return f"mean signed error {mean:+.3f} codes, expected at most {most:.3f}" if abs(mean) > most else ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Heals:
+    """How far blocks were healed.
+
+    Attributes:
+        reach: by block, as the record has it.
+        most: of a block that the record does not tell of.
+        merges: whether experts may have been merged into those that stay.
+
+    """
+
+    reach: Mapping[int, float]
+    most: float
+    merges: bool
+
+    @classmethod
+    def of(cls, heal: Mapping[str, Any] | None, facts: Mapping[str, Any] | None) -> _Heals | None:
+        """Read how blocks were to be healed, and what became of them."""
+        if not heal:
+            return None
+        usual = max([int(heal.get("iters") or 0), *(heal.get("schedule") or ())])
+        most = math.inf if heal.get("seconds") else _reach(heal.get("lr") or _LARGEST_STEP, usual)
+        told = {block["layer"]: block["healed"] for block in (facts or {}).get("blocks", ()) if "healed" in block}
+        reach = {int(layer): _reach(each["lr"], int(each.get("iters", usual))) for layer, each in told.items()}
+        return cls(reach, most, bool(heal.get("merge")))
+
+    def moved(self, weights: Mapping[str, PackedWeight]) -> dict[str, Moved]:
+        """By name, how far the weights of blocks were moved."""
+        groups: dict[tuple[str, bool, str], dict[str, list[PackedWeight]]] = {}
+        for name, weight in weights.items():
+            if match := EXPERT.fullmatch(name):
+                groups.setdefault(_projections(match), {}).setdefault(match[2], []).append(weight)
+        beside = {key: {expert: Beside(each) for expert, each in found.items()} for key, found in groups.items()}
+        experts = {key: Experts(list(found.values())) if self.merges else None for key, found in beside.items()}
+        out = {}
+        for name, weight in weights.items():
+            if layer := _LAYER.match(name):
+                match = EXPERT.fullmatch(name)
+                key = _projections(match) if match else None
+                own = beside[key][match[2]] if match and key else Beside([weight])
+                out[name] = Moved(self.reach.get(int(layer[2]), self.most), own, experts[key] if key else None)
+        return out
+
+
+def _projections(match: re.Match[str]) -> tuple[str, bool, str]:
+    """What an expert's weight has one root mean square with: the same block's inner projections, or outer ones."""
+    return match[1], match[3].startswith(_LAST), match[3].rpartition(".")[2]
+
+
+def _reach(first: float, steps: int) -> float:
+    """Sum of steps that fall to zero linearly."""
+    return float(first) * (steps + 1) / 2 if steps else 0.0
+
+
 def _offset(recipe: Mapping[str, Any]) -> float:
     """How far tuning can have moved an offset: `iters` steps, the first `lr`, and never as far as one scale."""
     iters = recipe.get("iters") or _FEWEST_STEPS
@@ -423,21 +474,28 @@ def _same_codes(wanted: PackedWeight, found: PackedWeight) -> str:
     return ""
 
 
-def _unlike(wanted: PackedWeight, found: PackedWeight, most: float = 1.0) -> str:
-    """Healed, or rounded with tuning and dequantized: whatever it is, it is nearer to the source's than zero is.
-
-    The mean of several experts is not: it is as large as these are, about, and may be anywhere.
-    """
+def _unlike(wanted: PackedWeight, found: PackedWeight) -> str:
+    """Healed, or rounded with tuning and dequantized: it is nearer to the source's than zero is, or than it can be."""
     distance, size = 0.0, 0.0
     for start, stop in found.runs():
         values = wanted.values(start, stop).astype(np.float64)
         codes, scale = found.codes(start, stop) if found.scales else (found.values(start, stop), np.float32(1))
         distance += float(np.square(codes * scale - values).sum())
         size += float(np.square(values).sum())
-    if distance < most**2 * size or not size:
+    return too_far(wanted, distance**0.5, size**0.5)
+
+
+def too_far(wanted: PackedWeight, distance: float, size: float) -> str:
+    """Say that a weight is farther from the source's, of that size, than healing takes it; empty where it is not."""
+    if distance < size:
         return ""
-    ratio = (distance / size) ** 0.5
-    return f"its distance from the source's is {ratio:.2f} times the source's size, expected below {most:g}"
+    most = wanted.moved.farthest(size) if wanted.moved else size
+    if distance < most or not most:
+        return ""
+    if not size:
+        return f"its distance from the source's, which is zero, is {distance:.4g}, expected below {most:.4g}"
+    times, most = distance / size, most / size
+    return f"its distance from the source's is {times:.2f} times the source's size, expected below {most:.3g}"
 
 
 def _first(found: PackedWeight, runs: Any, what: str = "") -> str:  # noqa: ANN401

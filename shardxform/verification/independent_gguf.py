@@ -27,7 +27,7 @@ from shardxform.verification.definitions import PackedWeight, floats, nearest_bf
 from shardxform.verification.findings import Findings
 from shardxform.verification.gguf_changes import changes
 from shardxform.verification.independent import CODE as _CODE
-from shardxform.verification.independent import FARTHEST_MERGED, WantedWeights, wanted_weights
+from shardxform.verification.independent import WantedWeights, too_far, wanted_weights
 
 __all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
@@ -223,7 +223,7 @@ _OWN: Final = {
 _LAYER: Final = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
 _NO_WEIGHTS: Final = (
     *("mm_projector.", "model.embed_vision.", "model.vision_tower.", "model.visual.", "multi_modal_projector."),
-    *("vision_model.", "vision_tower."),
+    *("audio_tower.", "code2wav.", "talker.", "vision_model.", "vision_tower.", "visual."),
 )
 _MADE: Final = ("rope_freqs.weight",)  # of nothing that is stored
 _FAR: Final = {"Q4_0": 0.16, "Q4_1": 0.14, "Q5_0": 0.08, "Q5_1": 0.07, "Q8_0": 0.02, "Q4_K": 0.14, "Q5_K": 0.07}
@@ -289,7 +289,7 @@ class _File:
         """A name as releases of the text model have it; nothing for what a file has no place for."""
         for before, after in (("model.language_model.", "model."), ("language_model.model.", "model.")):
             name = f"{after}{name.removeprefix(before)}" if name.startswith(before) else name
-        name = name.removeprefix("language_model.")
+        name = name.removeprefix("language_model.").removeprefix("thinker.")
         if name.startswith(_NO_WEIGHTS) or name.endswith("inv_freq"):
             return ""
         if name.startswith("mtp.") and not self.counts("nextn_predict_layers"):
@@ -341,9 +341,7 @@ class _File:
         wanted: WantedWeights,
     ) -> None:
         """Compare rows from `first` on of a tensor: run by run, or all where they change places."""
-        merged = wanted.merged and "_exps." in place
-        healed = (FARTHEST_MERGED if merged else 1.0) if wanted.healed and place.startswith("blk.") else 0.0
-        tensor, seen = self.tensors[place], _Seen(weight, wanted, healed)
+        tensor, seen = self.tensors[place], _Seen(weight, wanted)
         for start, stop in weight.runs() if change is None else ((0, weight.size[0]),):
             exact = seen.rounded(tensor.tensor_type.name, start, stop)
             values = weight.values(start, stop) if exact is None else exact
@@ -385,11 +383,10 @@ def _rows_of(tensor: Any, columns: int) -> NDArray[Any]:  # noqa: ANN401
 
 @dataclass(slots=True)
 class _Seen:
-    """What rows of one weight showed; `healed` is how far one may be that was, else 0."""
+    """What rows of one weight showed."""
 
     weight: PackedWeight
     wanted: WantedWeights
-    healed: float
     square: float = 0.0
     energy: float = 0.0
     bad: int = 0
@@ -398,7 +395,7 @@ class _Seen:
 
     def rounded(self, kind: str, start: int, stop: int) -> Values | None:
         """Values that rounding to nearest gives, where the record says that weights were rounded so."""
-        if kind not in ("Q4_0", "Q8_0") or self.wanted.exact is None or self.weight.scales or self.healed:
+        if kind not in ("Q4_0", "Q8_0") or self.wanted.exact is None or self.weight.scales or self.weight.moved:
             return None
         codes, scale = rounded_to_grid(self.weight.values(start, stop), self.wanted.exact)
         return np.asarray(codes.astype(np.float32) * scale)
@@ -407,9 +404,9 @@ class _Seen:
         """Compare rows: to the bit where these follow from the source, else by how far they may be."""
         self.square += float(np.square(found.astype(np.float64) - expected).sum())
         self.energy += float(np.square(expected, dtype=np.float64).sum())
-        if self.healed:
-            self.bound = self.healed
-        elif rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
+        if self.weight.moved:
+            return
+        if rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
             self._note(~np.isclose(found, _as(kind, expected), rtol=1e-6 if kind == "F32" else 0, atol=0))
         elif self.wanted.offset and kind in ("Q4_0", "Q8_0"):
             end, scale = (8 if kind == "Q4_0" else 128), _scales(data, kind)
@@ -429,6 +426,8 @@ class _Seen:
         """Say what is wrong; empty where nothing is."""
         if self.bad:
             return f"{self.bad} values are not what they must be, {self.first}"
+        if self.weight.moved:
+            return too_far(self.weight, self.square**0.5, self.energy**0.5)
         distance = (self.square / self.energy) ** 0.5 if self.energy else self.square
         if not self.bound or distance < self.bound:  # which a distance that is no number is not
             return ""

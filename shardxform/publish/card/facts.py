@@ -144,6 +144,16 @@ class HealingFacts:
     seconds: int = 0
     blocks: tuple[HealedBlock, ...] = ()
 
+    @property
+    def merged(self) -> int:
+        """Number of blocks that began on the way to merged experts."""
+        return sum(block.merged > 0 for block in self.blocks)
+
+    @property
+    def only_merged(self) -> bool:
+        """Whether no step of healing was asked for."""
+        return self.merge and self.iters == 0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationFacts:

@@ -56,7 +56,7 @@ def render(facts: CardFacts) -> str:
     blocks += _figures(facts)
     for heading, section in (
         ("Pruning", _pruning(facts)),
-        ("Healing", _healing(facts)),
+        ("Merging" if facts.healing and facts.healing.only_merged else "Healing", _healing(facts)),
         ("Quantization", _quantization(facts)),
         ("Evaluation", _evaluation(facts)),
         ("Loading", _loading(facts)),
@@ -176,25 +176,26 @@ def _healing(facts: CardFacts) -> Iterator[str]:
         return
     if made.merge:
         yield "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356), as far as that is better."
-    if made.iters != 0:
+    if not made.only_merged:
         yield "The weights that stayed were tuned, block by block, so that a block puts out what it did before pruning."
     yield _listing(_healing_lines(made))
     if made.blocks:
         yield (
             "Squared error of each block's output, relative to every token's own size, on windows of the calibration"
-            f" text that were not {'tuned on' if made.iters != 0 else 'merged by'}:"
+            f" text that {'only say how far to go' if made.only_merged else 'were not tuned on'}:"
         )
         columns = ("block", "pruned", "healed", "ratio", "tuned", "steps")[: 5 if made.iters else 6]
+        if made.only_merged:
+            columns = ("block", "pruned", "merged", "ratio", "how far")
         yield _folded(_table(columns, [_healed_block(block)[: len(columns)] for block in made.blocks]))
 
 
 def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
-    yield "weights", _HEALED.get(made.what, "")
+    yield "weights", _HEALED.get("experts" if made.only_merged else made.what, "")
     yield "calibration text", _data(made.data) if made.data else ""
     yield "made of its pieces", f"{made.extra} windows more" if made.extra else ""
     yield "steps per block", _healing_steps(made)
-    merged = sum(block.merged > 0 for block in made.blocks)
-    yield "merged in", f"{merged} of {len(made.blocks)} blocks" if made.merge else ""
+    yield "merged in", f"{made.merged} of {len(made.blocks)} blocks" if made.merge and made.blocks else ""
     yield "written", _WRITTEN.get(made.encoding, "")
 
 
@@ -379,13 +380,16 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         yield "Nothing was measured for this card, neither perplexity nor tasks."
     if facts.pruning:
         what = "experts and channels" if facts.pruning.channels else "experts"
+        rest = ", but for what of it was merged into others" if facts.healing and facts.healing.merged else ""
         yield (
-            f"What pruned {what} knew is lost. They were chosen for what they did on some text; on other languages and"
-            " subjects the loss can be far greater."
+            f"What pruned {what} knew is lost{rest}. They were chosen for what they did on some text; on other"
+            " languages and subjects the loss can be far greater."
         )
     tuned = facts.quantization is not None and facts.quantization.data is not None
-    if facts.healing:
+    if facts.healing and not facts.healing.only_merged:
         yield "It was healed on calibration text, and fits text like it best."
+    elif facts.healing and facts.healing.merged:
+        yield "Experts were merged by calibration text, and fit text like it best."
     elif tuned:
         yield "Rounding was tuned on calibration text, and fits text like it best."
     seen = [*_calibration(facts)]

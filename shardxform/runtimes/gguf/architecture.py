@@ -8,7 +8,7 @@ are spelled there, which tensors are made of parts of one, and which keys descri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Final, Literal
@@ -19,12 +19,12 @@ from shardxform.formats.encoding import Cut, Opener, Rows, Storage
 from shardxform.formats.matrices import Matrix, matrices_of, single_biases, turns
 from shardxform.formats.plain import storages_of
 from shardxform.model.expected import expected
-from shardxform.model.layout import Layout, Place, variants_found
+from shardxform.model.layout import Layout, Place, is_shape, variants_found
 from shardxform.model.tied_head import is_tied
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Transform
 
-__all__ = ["EXPERTS", "Architecture", "Kind", "Named", "Part", "Piece", "vocabulary"]
+__all__ = ["EXPERTS", "Architecture", "Kind", "Named", "Part", "Piece", "stacks", "vocabulary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +124,25 @@ class Part:
     seen: tuple[int, int] | None = None
 
 
-EXPERTS: Final = tuple(
-    (f"model.layers.{{l}}.mlp.experts.{name}_proj", held)
-    for name, held in (("down", (2,)), ("gate", (0,)), ("up", (1,)))
-)
-"""Tensors of routed experts, in the converter's order, and the projections each is made of: gate 0, up 1, down 2."""
+Stacks = tuple[tuple[str, tuple[int, ...]], ...]
+"""Tensors of routed experts, and the projections that each is made of."""
+
+
+def stacks(names: str, **held: int | tuple[int, ...]) -> Stacks:
+    """Name tensors of routed experts, in the converter's order.
+
+    Args:
+        names: in the map's spelling; `{l}` stands for the block's number, `{}` for what each is called.
+        held: what each is called, and the number of the projection that it holds, or of several.
+
+    """
+    return tuple(
+        (names.replace("{}", name), each if isinstance(each, tuple) else (each,)) for name, each in held.items()
+    )
+
+
+EXPERTS: Final = stacks("model.layers.{l}.mlp.experts.{}_proj", down=2, gate=0, up=1)
+"""Of most families: gate 0, up 1, down 2."""
 
 
 def _alone(_: Architecture, released: str) -> tuple[Part, ...]:
@@ -155,6 +169,7 @@ class Kind:
         scattered: any of its blocks may have none, as others are of attention or states alone.
         mtp: MTP layers are blocks after the others, or left out, since llama.cpp does not run them.
         check: refuses what llama.cpp would run in another way.
+        notes: what llama.cpp runs in another way, by next to nothing.
         keys: records the keys that describe the model.
         specials: kinds of special tokens, and the tokens that they are where the tokenizer's files do not say.
         adds_bos: every text begins with the token of beginnings, whatever the tokenizer's files say.
@@ -167,13 +182,14 @@ class Kind:
     maps: tuple[str, ...]
     decoder: str = "model."
     spelled: Mapping[str, str] = field(default_factory=dict)
-    experts: tuple[tuple[str, tuple[int, ...]], ...] = EXPERTS
+    experts: Stacks = EXPERTS
     parts: Callable[[Architecture, str], Sequence[Part]] = _alone
     made: Callable[[Architecture], Iterator[Named]] = _nothing
     leads_dense: bool = False
     scattered: bool = False
     mtp: Literal["nextn", "dropped"] = "dropped"
     check: Callable[[Architecture], None] = lambda _: None
+    notes: Callable[[Architecture], Iterable[str]] = lambda _: ()
     keys: Callable[[Architecture, Recorder], None]
     specials: Mapping[str, str] = field(default_factory=dict)
     adds_bos: bool = False
@@ -234,6 +250,17 @@ class Architecture:
             raise SchemeError(f"config.json: {key} is {value!r}; GGUF needs a count")
         return value
 
+    def sized(self, symbol: str) -> int:
+        """Return a size that the family works out of several keys."""
+        found = self.layout.family.symbols[symbol]
+        assert callable(found)
+        return found(self.config)
+
+    def which(self, condition: str) -> list[bool]:
+        """Tell of which blocks a condition of the family holds."""
+        holds = self.layout.family.holds
+        return [holds(condition, self.config, layer) for layer in range(self.layout.num_layers)]
+
     def place(self, name: str) -> Place | None:
         """Where a tensor belongs that is written; None for one that llama.cpp's text models do without.
 
@@ -282,7 +309,7 @@ class Architecture:
 
         """
         self._refuse_scattered()
-        self._refuse_missing(tensors)
+        self._refuse_unloadable(tensors)
         yield from self.kind.made(self)
         names, matrices = _Names(self), _by_tensor(self.layout, tensors)
         stacks: dict[int, _Stack] = {}
@@ -311,11 +338,19 @@ class Architecture:
             which = "from one on" if self.kind.leads_dense else "all"
             raise SchemeError(f"layers {list(sparse)} have experts; llama.cpp's {self.name} has them in {which}")
 
-    def _refuse_missing(self, tensors: Mapping[str, TensorRef]) -> None:
+    def _refuse_unloadable(self, tensors: Mapping[str, TensorRef]) -> None:
+        """Refuse tensors that are missing, hold nothing, or have other shapes than llama.cpp works out of the keys."""
         for name, item in expected(self.layout, variants_found(self.layout)):
-            left_out = item.place.scope == "vision" or (item.place.scope == "mtp" and not self.nextn)
-            if not item.optional and not left_out and name not in tensors:
+            if item.place.scope == "vision" or (item.place.scope == "mtp" and not self.nextn):
+                continue
+            ref = tensors.get(name)
+            if ref is None and not item.optional:
                 raise SchemeError(f"tensor '{name}' is missing; llama.cpp loads no file without it")
+            if ref is not None and not (is_shape(ref.spec, item.shape) and all(ref.spec.shape)):
+                found, shape = list(ref.spec.shape), list(item.shape or ())
+                raise SchemeError(
+                    f"tensor '{name}' is {found}, by config.json it would be {shape}; llama.cpp loads no such file"
+                )
 
     def _expert_tensors(self, tensors: Mapping[str, TensorRef]) -> dict[int, int]:
         """How many tensors hold the routed experts of each block."""

@@ -19,14 +19,17 @@ __all__ = [
     "UNTIED",
     "add_common",
     "add_gating",
+    "add_normalized_sigmoid",
     "add_sections",
     "head_channels",
+    "multiplier",
     "needed",
     "refuse_large_epsilon",
     "refuse_other_heads",
     "refuse_scaled_rotation",
     "refuse_shared_keys",
     "refuse_values",
+    "rotated_channels",
     "shared_experts",
     "sigmoid_weights",
     "usual",
@@ -55,6 +58,7 @@ def add_common(
     need not say how.
     """
     config, writer = {**architecture.config, **over}, recorder.writer
+    needed(config, "max_position_embeddings")
     writer.add_block_count(architecture.blocks)
     for key, name in _COUNTS:
         if config.get(key) is not None:
@@ -73,13 +77,33 @@ def add_common(
     writer.add_layer_norm_rms_eps(needed(config, "rms_norm_eps"))
     writer.add_expert_count(architecture.layout.num_experts)
     writer.add_expert_used_count(architecture.layout.top_k)
-    if config.get("n_group") is not None:
-        writer.add_expert_group_count(config["n_group"])
-    if config.get("topk_group") is not None:
-        writer.add_expert_group_used_count(config["topk_group"])
+    if architecture.layout.family.group_key:  # others' classes read no such key, but llama.cpp does
+        _add_groups(architecture, writer, config)
     if config.get("head_dim") is not None:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+
+
+def _add_groups(architecture: Architecture, writer: Any, config: Mapping[str, Any]) -> None:  # noqa: ANN401
+    """Groups of experts that the router looks at first.
+
+    Raises:
+        SchemeError: more are taken than there are, or none; or each has a single expert: the best two are looked at.
+
+    """
+    groups, taken = config.get("n_group"), config.get("topk_group")
+    if groups is not None:
+        writer.add_expert_group_count(groups)
+    if taken is not None:
+        writer.add_expert_group_used_count(taken)
+    several = architecture.layout.groups
+    if (taken is not None and not 1 <= taken <= several) or (several > 1 and groups is not None and taken is None):
+        raise SchemeError(f"config.json: topk_group is {taken!r} of {several} groups; expected 1 to {several}")
+    if several > 1 and groups is not None and architecture.layout.num_experts < 2 * several:
+        raise SchemeError(
+            f"config.json: {architecture.layout.num_experts} experts in {several} groups; routers of groups look at the"
+            " best two of each"
+        )
 
 
 def add_sections(architecture: Architecture, recorder: Recorder, rope: Mapping[str, Any]) -> None:
@@ -149,6 +173,19 @@ def _scaling_type(kind: str) -> Any:  # noqa: ANN401
     return RopeScalingType[kind.upper()]
 
 
+def multiplier(config: Mapping[str, Any], key: str) -> Any:  # noqa: ANN401
+    """Return a number that something is multiplied by: llama.cpp takes 0 for there being none.
+
+    Raises:
+        SchemeError: it is missing, 0, or no number.
+
+    """
+    found = needed(config, key)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not found:
+        raise SchemeError(f"config.json: {key} is {found!r}; llama.cpp wants a number other than 0")
+    return found
+
+
 def refuse_values(architecture: Architecture, wanted: Mapping[str, tuple[object, ...]]) -> None:
     """Refuse values that llama.cpp would not run as they are meant: it has no key for them.
 
@@ -181,6 +218,22 @@ def head_channels(architecture: Architecture) -> int:
     if architecture.config.get("head_dim") is not None:
         return architecture.size("head_dim")
     return architecture.size("hidden_size") // architecture.size("num_attention_heads")
+
+
+def rotated_channels(architecture: Architecture, part: float = 1.0) -> int:
+    """Tell how many channels of a head are rotated, where `part` of it is.
+
+    Raises:
+        SchemeError: they are no pairs, at which llama.cpp aborts.
+
+    """
+    width = head_channels(architecture)
+    channels = int(width * part)
+    if channels % 2:
+        raise SchemeError(
+            f"config.json: {channels} of the {width} channels of a head are rotated; llama.cpp rotates pairs"
+        )
+    return channels
 
 
 def refuse_scaled_rotation(architecture: Architecture) -> None:
@@ -259,22 +312,34 @@ def sigmoid_weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: AN
         SchemeError: a number is missing, for which transformers' classes and llama.cpp have others.
 
     """
-    writer.add_expert_weights_scale(needed(config, "routed_scaling_factor"))
+    writer.add_expert_weights_scale(multiplier(config, "routed_scaling_factor"))
     if needed(config, "norm_topk_prob"):
         writer.add_expert_weights_norm(True)
     add_gating(writer, "SIGMOID")
 
 
-def shared_experts(architecture: Architecture) -> int:
+def add_normalized_sigmoid(writer: Any, config: Mapping[str, Any], scale: str) -> None:  # noqa: ANN401
+    """Add that scores of a sigmoid are normalized over the experts chosen, and what `scale` multiplies them by.
+
+    Raises:
+        SchemeError: see `multiplier`.
+
+    """
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(float(multiplier(config, scale)))
+    add_gating(writer, "SIGMOID")
+
+
+def shared_experts(architecture: Architecture, key: str = "n_shared_experts") -> int:
     """How many there are in a block.
 
     Raises:
         SchemeError: none, but llama.cpp loads no model of these without.
 
     """
-    count = architecture.size("n_shared_experts")
+    count = architecture.size(key)
     if not count:
-        raise SchemeError("config.json: n_shared_experts is 0; llama.cpp runs models that have some")
+        raise SchemeError(f"config.json: {key} is 0; llama.cpp runs models that have some")
     return count
 
 

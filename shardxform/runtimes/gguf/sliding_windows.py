@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part, stacks
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
     SILU,
@@ -15,10 +15,14 @@ from shardxform.runtimes.gguf.common_keys import (
     UNTIED,
     add_common,
     add_gating,
+    add_normalized_sigmoid,
     head_channels,
+    multiplier,
     needed,
     refuse_scaled_rotation,
     refuse_values,
+    rotated_channels,
+    shared_experts,
     sigmoid_weights,
 )
 from shardxform.runtimes.gguf.keys import Recorder
@@ -63,30 +67,17 @@ _GPT_OSS: Final = Kind(
 # -- Gemma 4 -----------------------------------------------------------------------------------------------------------
 
 
-def _of_full(architecture: Architecture, symbol: str) -> int:
-    """A size of layers with full attention, as the family works it out."""
-    found = architecture.layout.family.symbols[symbol]
-    assert callable(found)
-    return found(architecture.config)
-
-
-def _sliding(architecture: Architecture) -> list[bool]:
-    """Which layers attend to a window."""
-    holds = architecture.layout.family.holds
-    return [holds("sliding", architecture.config, layer) for layer in range(architecture.layout.num_layers)]
-
-
 def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
     size, writer, config = architecture.size, recorder.writer, architecture.config
     add_common(architecture, recorder, head_dim=None, num_key_value_heads=None)
     writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)  # without the key it caps at 30
     writer.add_sliding_window(size("sliding_window"))
-    sliding, own, full = _sliding(architecture), size("num_key_value_heads"), _of_full(architecture, "FK")
+    sliding, own, full = architecture.which("sliding"), size("num_key_value_heads"), architecture.sized("FK")
     writer.add_head_count_kv([own if each else full for each in sliding] if full != own else own)
     writer.add_shared_kv_layers(config.get("num_kv_shared_layers") or 0)
     writer.add_embedding_length_per_layer_input(config.get("hidden_size_per_layer_input") or 0)
     writer.add_sliding_window_pattern(sliding)
-    width = _of_full(architecture, "FD")
+    width = architecture.sized("FD")
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_key_length_swa(size("head_dim"))
@@ -113,8 +104,8 @@ def _gemma4_check(architecture: Architecture) -> None:
 
 def _gemma4_made(architecture: Architecture) -> Iterator[Named]:
     """Factors of the frequencies of full attention: those beyond the part that is rotated are divided away."""
-    rope = rope_of(architecture.config)["full_attention"]
-    half = _of_full(architecture, "FD") // 2
+    rope = needed(rope_of(architecture.config), "full_attention")
+    half = architecture.sized("FD") // 2
     rotated = int(2 * half * needed(rope, "partial_rotary_factor") / 2)
     yield Named("rope_freqs.weight", (half,), (), wide=True, values=(1.0,) * rotated + (1e30,) * (half - rotated))
 
@@ -129,7 +120,7 @@ _GEMMA4: Final = Kind(
     name="gemma4",
     maps=("GEMMA4",),
     spelled={"layer_scalar": "layer_scalar.weight"},
-    experts=(("model.layers.{l}.experts.down_proj", (2,)), ("model.layers.{l}.experts.gate_up_proj", (0, 1))),
+    experts=stacks("model.layers.{l}.experts.{}_proj", down=2, gate_up=(0, 1)),
     parts=_gemma4_parts,
     made=_gemma4_made,
     keys=_gemma4_keys,
@@ -160,19 +151,18 @@ def _afmoe_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer, config, size = recorder.writer, architecture.config, architecture.size
     add_common(architecture, recorder)
     writer.add_vocab_size(size("vocab_size"))
-    writer.add_rope_dimension_count(head_channels(architecture))
-    writer.add_expert_shared_count(size("num_shared_experts"))
+    writer.add_rope_dimension_count(rotated_channels(architecture))
+    writer.add_expert_shared_count(shared_experts(architecture, "num_shared_experts"))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_leading_dense_block_count(architecture.leading_dense)
-    writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(needed(config, "route_scale"))
-    add_gating(writer, "SIGMOID")
+    add_normalized_sigmoid(writer, config, "route_scale")
     writer.add_sliding_window(size("sliding_window"))
 
 
 def _afmoe_check(architecture: Architecture) -> None:
     """Embeddings are multiplied by the root of their width, and every fourth block is not rotated, always."""
     wanted = {**SILU, **UNBIASED, "mup_enabled": (True,), "route_norm": (True,), "score_func": ("sigmoid",)}
+    wanted["n_group"] = (1, None)
     refuse_values(architecture, wanted)
     if not architecture.config.get("mup_enabled"):
         raise SchemeError("config.json: mup_enabled is missing, so false, which llama.cpp would run as true")
@@ -205,7 +195,7 @@ def _exaone_keys(architecture: Architecture, recorder: Recorder) -> None:
     add_common(architecture, recorder)
     writer.add_vocab_size(size("vocab_size"))
     _add_windows(architecture, recorder)
-    shared = size("num_shared_experts")
+    shared = shared_experts(architecture, "num_shared_experts")
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_count(shared)
     writer.add_expert_shared_feed_forward_length(shared * size("moe_intermediate_size"))
@@ -265,7 +255,7 @@ def _llama4_keys(architecture: Architecture, recorder: Recorder) -> None:
         over |= {"rope_parameters": {"rope_theta": rope.get("rope_theta")}, "rope_scaling": None, "rope_theta": None}
     add_common(architecture, recorder, **over)
     writer.add_vocab_size(size("vocab_size"))
-    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_rope_dimension_count(rotated_channels(architecture))
     writer.add_interleave_moe_layer_step(architecture.config.get("interleave_moe_layer_step", 1))
     writer.add_expert_feed_forward_length(size("intermediate_size"))
 
@@ -286,7 +276,7 @@ def _llama4_made(architecture: Architecture) -> Iterator[Named]:
     yield Named("rope_freqs.weight", (width // 2,), (), wide=True, values=tuple(factors))
 
 
-_OF_LLAMA_4: Final = {
+_OF_LLAMA_4: Final[Mapping[str, tuple[object, ...]]] = {
     "attention_chunk_size": (8192,),
     "attn_scale": (0.1,),
     "attn_temperature_tuning": (True, 4),
@@ -297,13 +287,7 @@ _OF_LLAMA_4: Final = {
 def _llama4_check(architecture: Architecture) -> None:
     """Refuse other chunks and temperatures; and norms of queries and keys, which llama.cpp tells by 128 experts."""
     config, layers = architecture.config, range(architecture.layout.num_layers)
-    wanted: dict[str, tuple[object, ...]] = {
-        **SILU,
-        **UNBIASED,
-        "attention_chunk_size": (8192,),
-        "floor_scale": (8192,),
-    }
-    refuse_values(architecture, {**wanted, "attn_scale": (0.1,), "attn_temperature_tuning": (True, 4)})
+    refuse_values(architecture, {**SILU, **UNBIASED, **_OF_LLAMA_4})
     if config.get("use_qk_norm", True) == (architecture.layout.num_experts == UNNORMED_EXPERTS):
         raise SchemeError(
             f"config.json: use_qk_norm is {config.get('use_qk_norm', True)} and there are"
@@ -328,9 +312,7 @@ def _llama4_check(architecture: Architecture) -> None:
 _LLAMA4: Final = Kind(
     name="llama4",
     maps=("LLAMA4",),
-    experts=tuple(
-        (f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("down", (2,)), ("gate", (0,)), ("up", (1,)))
-    ),
+    experts=stacks("blk.{l}.ffn_{}_exps", down=2, gate=0, up=1),
     made=_llama4_made,
     scattered=True,
     keys=_llama4_keys,
@@ -351,14 +333,12 @@ def _laguna_keys(architecture: Architecture, recorder: Recorder) -> None:
         _add_windows(architecture, recorder)
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_feed_forward_length(size("shared_expert_intermediate_size"))
-    writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(float(needed(config, "moe_routed_scaling_factor")))
-    add_gating(writer, "SIGMOID")
+    add_normalized_sigmoid(writer, config, "moe_routed_scaling_factor")
     writer.add_leading_dense_block_count(architecture.leading_dense)
     rope = rope_of(config)
     for kind, ending in (("full", ""), ("sliding", "_swa")):
         part = rope[f"{kind}_attention"].get("partial_rotary_factor", 1.0)
-        getattr(writer, f"add_rope_dimension_count{ending}")(int(head_channels(architecture) * part))
+        getattr(writer, f"add_rope_dimension_count{ending}")(rotated_channels(architecture, part))
 
 
 def _laguna_check(architecture: Architecture) -> None:
@@ -397,10 +377,10 @@ def _cohere2_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Of a softmax the scores of those that are chosen are normalized, whatever the config says."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
     dense = config.get("prefix_dense_intermediate_size") or size("intermediate_size")
-    add_common(architecture, recorder, intermediate_size=dense, rms_norm_eps=needed(config, "rms_norm_eps"))
+    add_common(architecture, recorder, intermediate_size=dense, rms_norm_eps=multiplier(config, "rms_norm_eps"))
     if config.get("layer_norm_eps") is not None:
         writer.add_layer_norm_eps(config["layer_norm_eps"])
-    writer.add_logit_scale(needed(config, "logit_scale") if "logit_scale" in config else 0.0625)
+    writer.add_logit_scale(multiplier({"logit_scale": 0.0625, **config}, "logit_scale"))
     _add_windows(architecture, recorder)
     writer.add_vocab_size(size("vocab_size"))
     writer.add_expert_feed_forward_length(size("intermediate_size"))
@@ -411,7 +391,7 @@ def _cohere2_keys(architecture: Architecture, recorder: Recorder) -> None:
     if shared := config.get("num_shared_experts", 0):
         writer.add_expert_shared_count(shared)
         writer.add_expert_shared_feed_forward_length(shared * size("intermediate_size"))
-    writer.add_rope_dimension_count(head_channels(architecture))
+    writer.add_rope_dimension_count(rotated_channels(architecture))
     writer.add_rope_scaling_type(recorder.gguf.RopeScalingType.NONE)
 
 
@@ -442,9 +422,9 @@ _COHERE2_MOE: Final = Kind(
 
 def _mimo_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Blocks of windows have keys of their own count, a base of their own, and a sink; MTP layers are left out."""
-    size, writer, config, family = architecture.size, recorder.writer, architecture.config, architecture.layout.family
-    windows = [family.holds("sliding", config, layer) for layer in range(architecture.layout.num_layers)]
-    heads = [family.layer_symbols["KV"](config, layer) for layer in range(len(windows))]
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    windows, keys = architecture.which("sliding"), architecture.layout.family.layer_symbols["KV"]
+    heads = [keys(config, layer) for layer in range(len(windows))]
     rope = rope_of(config)
     full, epsilon = rope.get("full_attention", rope), config.get("rms_norm_eps", config.get("layernorm_epsilon", 1e-5))
     add_common(architecture, recorder, num_key_value_heads=heads, rms_norm_eps=epsilon, head_dim=None)
@@ -452,13 +432,20 @@ def _mimo_keys(architecture: Architecture, recorder: Recorder) -> None:
         writer.add_rope_freq_base_swa(needed(config, "swa_rope_theta"))
     writer.add_key_length(size("head_dim"))
     writer.add_value_length(size("v_head_dim"))
-    writer.add_sliding_window(size("sliding_window"))
+    beside = config.get("sliding_window_size")  # tokens before each; the window has that one too
+    writer.add_sliding_window(size("sliding_window") if beside is None else size("sliding_window_size") + 1)
     writer.add_sliding_window_pattern([int(each) for each in windows])
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
-    writer.add_rope_dimension_count(int(size("head_dim") * full.get("partial_rotary_factor", 0.334)))
+    writer.add_rope_dimension_count(rotated_channels(architecture, full.get("partial_rotary_factor", 0.334)))
     add_gating(writer, "SIGMOID")
-    if (scale := config.get("attention_value_scale")) is not None:
-        writer.add_float32(f"{architecture.name}.attention.value_scale", float(scale))
+    values = {"attention_value_scale": 0.707, **config}
+    if values["attention_value_scale"] is not None:
+        scale = float(multiplier(values, "attention_value_scale"))
+        writer.add_float32(f"{architecture.name}.attention.value_scale", scale)
+
+
+_MIMO_ROTATION: Final = {"rope_theta": 5000000.0, "swa_rope_theta": 10000.0, "partial_rotary_factor": 0.334}
+"""What transformers' class takes where there are no `rope_parameters`, and so does the release."""
 
 
 def _mimo_check(architecture: Architecture) -> None:
@@ -472,6 +459,13 @@ def _mimo_check(architecture: Architecture) -> None:
             raise SchemeError(
                 f"config.json: {key} is {config[key]!r} and {other} {config.get(other)!r}; llama.cpp has one"
             )
+    if rope.keys() <= _MIMO_ROTATION.keys():  # all that the class reads is rope_parameters
+        for key, usual in _MIMO_ROTATION.items():
+            if config.get(key, usual) != usual:
+                raise SchemeError(
+                    f"config.json: {key} is {config[key]!r}, for which transformers takes {usual}: say it in"
+                    " rope_parameters"
+                )
     if config.get("swa_num_attention_heads") not in (None, config.get("num_attention_heads")):
         raise SchemeError("config.json: swa_num_attention_heads and num_attention_heads differ; llama.cpp has one")
     kinds = [rope.get(f"{each}_attention", rope) for each in ("full", "sliding")]

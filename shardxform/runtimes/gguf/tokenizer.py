@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,9 @@ __all__ = ["Token", "add_tokenizer", "read_json", "token_list"]
 _FILE: Final = "tokenizer.json"
 _CONFIG: Final = "tokenizer_config.json"
 _MODEL: Final = "tokenizer.model"
+_MODEL_SUFFIX: Final = ".model"
+_TIKTOKEN: Final = ".tiktoken"
+_TEMPLATE: Final = "chat_template.jinja"
 _NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # as `gguf.TokenType` numbers them
 _SPACE: Final = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 _BYTE_TOKEN: Final = re.compile("<0x[0-9A-Fa-f]{2}>")
@@ -128,7 +131,7 @@ def add_tokenizer(architecture: Architecture, recorder: Recorder, root: Path, pr
     kind, count = architecture.kind.tokenizer, architecture.size("vocab_size")
     pre, pieces = "", (root / _MODEL).is_file() and kind == "llama"
     if not files.tokenizer and not pieces:
-        raise SchemeError(f"{root}/{_FILE} is missing: GGUF holds the tokenizer too; put the release's there")
+        raise SchemeError(f"{root}/{_FILE} is missing: GGUF holds the tokenizer too; {_way_out(root)}")
     if kind == "llama" and not pieces and not files.model.get("byte_fallback"):
         kind = "gpt2"
     writer = recorder.writer
@@ -139,12 +142,15 @@ def add_tokenizer(architecture: Architecture, recorder: Recorder, root: Path, pr
         writer.add_tokenizer_pre(pre)
         tokens = token_list(files, count)
     elif kind == "llama":
-        if (prefix := files.config.get("add_prefix_space")) is not None:
+        prefix = files.config.get("add_prefix_space") if pieces else _begins_with_space(files)
+        if prefix is not None:
             writer.add_add_space_prefix(prefix)
         writer.add_tokenizer_pre("default")
         tokens = _tokens_of_pieces(files, count) if pieces else _tokens_of_characters(files, count, scored=True)
     else:
         tokens = [_shown(token) for token in _tokens_of_characters(files, count, scored=False)]
+    ends = architecture.kind.specials.values()  # though they may be no special tokens by the tokenizer's files
+    tokens = [replace(each, kind=_CONTROL) if each.kind == _USER and each.text in ends else each for each in tokens]
     writer.add_token_list([token.text for token in tokens])
     if kind != "gpt2":
         writer.add_token_scores([token.score for token in tokens])
@@ -157,6 +163,12 @@ def add_tokenizer(architecture: Architecture, recorder: Recorder, root: Path, pr
         writer.add_add_space_prefix(False)
     if kind == "gemma4" or architecture.kind.adds_bos:
         writer.add_add_bos_token(True)
+
+
+def _way_out(root: Path) -> str:
+    if any(path.suffix in (_TIKTOKEN, _MODEL_SUFFIX) and path.is_file() for path in root.glob("*")):
+        return "other files of tokenizers are not read here: have transformers' save_pretrained write it of them"
+    return "put the release's there"
 
 
 def read_json(root: Path, name: str) -> dict[str, Any] | None:
@@ -186,6 +198,9 @@ def _special(
     """
     try:
         special = recorder.gguf.SpecialVocab(files.root, load_merges=merges, n_vocab=len(tokens))
+        template = files.root / _TEMPLATE
+        if template.is_file() and not isinstance(special.chat_template, list):  # it decides, as in transformers
+            special.chat_template = template.read_text(encoding="utf-8")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
         raise SchemeError(f"{files.where} or what is beside it is malformed: {e}") from e
     for name, text in architecture.kind.specials.items():
@@ -373,16 +388,45 @@ def _pre_tokenizer(files: _Files, asked: str) -> str:
     return name
 
 
+def _begins_with_space(files: _Files) -> bool:
+    """Whether a space is put before a text whose characters are merged.
+
+    Raises:
+        SchemeError: more is done to the text than to write spaces as SentencePiece does.
+
+    """
+    steps = [*_steps(files.tokenizer.get("normalizer")), *_steps(files.tokenizer.get("pre_tokenizer"))]
+    for step in steps:
+        spaces = step.get("type") == "Replace" and (step.get("pattern"), step.get("content")) == (
+            {"String": " "},
+            _SPACE,
+        )
+        spaces = spaces or (step.get("type") == "Prepend" and step.get("prepend") == _SPACE)
+        if not spaces and step.get("type") != "Metaspace":
+            raise SchemeError(
+                f"{files.where}: text goes through {step.get('type')!r}, which llama.cpp's tokenizer has not"
+            )
+    return any(
+        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in steps
+    )
+
+
+def _steps(step: object) -> list[dict[str, Any]]:
+    """Steps of a normalizer or a pre-tokenizer, one after the other."""
+    if not isinstance(step, dict):
+        return []
+    parts = step.get("normalizers", step.get("pretokenizers")) if step.get("type") == "Sequence" else [step]
+    return [each for each in parts or () if isinstance(each, dict)]
+
+
 _READ_NORMALIZERS: Final = ("NFC",)  # which leaves nearly all text as it is; llama.cpp's converter passes it over
 _UNREAD: Final = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
 
 
 def _unread_of(files: _Files) -> str:
     """What a tokenizer of bytes does to text, or to its parts, that llama.cpp's does not; empty for nothing."""
-    normalizer = files.tokenizer.get("normalizer")
-    normalizer = normalizer if isinstance(normalizer, dict) else {}
-    listed = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
-    kinds = [str(each.get("type")) for each in listed or () if isinstance(each, dict) and each]
+    kinds = [str(each.get("type")) for each in _steps(files.tokenizer.get("normalizer")) if each]
     if others := [kind for kind in kinds if kind not in _READ_NORMALIZERS]:
         return f"text is normalized by {', '.join(others)}"
     return next((f"{key} is {files.model[key]!r}" for key in _UNREAD if files.model.get(key)), "")
