@@ -366,8 +366,8 @@ def refuse_unpruned(view: View, heal: Heal) -> None:
     """
     if heal.merge and view.layout.num_experts == view.source_layout.num_experts:
         raise PlanError(
-            "`merge`: no expert is pruned, so there is nothing to merge; give a `manifest` that keeps fewer, or leave it"
-            " out"
+            "`merge`: no expert is pruned, so there is nothing to merge; give a `manifest` that keeps fewer, or leave"
+            " it out"
         )
     if not view.prunes:
         raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give a `manifest` that keeps less")
