@@ -14,6 +14,7 @@ from build import tiny, write_checkpoint
 from click.testing import CliRunner
 from test_identity import flip
 from test_prune import manifest_of
+from texts import few
 
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
@@ -103,7 +104,7 @@ def test_models_of_an_earlier_version_are_compared_by_what_they_say(source: Path
 
 
 def scored(source: Path, out: Path, *more: str) -> str:
-    text = source / "text/calib.jsonl"
+    text = few("calib.jsonl")
     options = ("--samples", "1", "--seqlen", "16", "--dtype", "float32", "-q", *more)
     result = CliRunner().invoke(main, ["score", str(source), "-o", str(out), "--data", str(text), *options])
     assert result.exit_code in (0, 1), result.output

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from smaller import BLOCKS, WHOLE, smaller
 from strategies import picked
+from texts import few
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -37,7 +39,13 @@ from shardxform.publish.card.gathering import read_evaluation  # noqa: E402
 pytestmark = pytest.mark.oracle
 
 FLOAT32 = Precision(torch.device("cpu"), torch.float32)
-KEEP = Manifest(keep=dict.fromkeys(range(4), (0, 1, 3, 4, 7, 9, 12, 14)))
+KEEP = Manifest(keep=dict.fromkeys(range(BLOCKS), (0, 1, 3, 4, 7)))
+HELDOUT = str(few("heldout.jsonl", 5))  # of both sources
+
+
+@pytest.fixture(scope="module")
+def small_moe() -> Path:
+    return smaller()
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +58,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def windows() -> Windows:
-    root = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
-    return load_windows(root, DataOptions(data=str(root / "text/heldout.jsonl"), samples=10, seqlen=128))
+    return load_windows(WHOLE, DataOptions(data=HELDOUT, samples=10, seqlen=128))
 
 
 def loaded(path: Path) -> Any:
@@ -112,7 +119,7 @@ def test_against_a_reference(small_moe: Path, windows: Windows, tmp_path: Path) 
         theirs = torch.stack([b[layer].double() for b in reference_blocks])
         assert error == pytest.approx(float((ours - theirs).norm() / theirs.norm()), rel=1e-3)
     counts, reference_counts = (routed(loaded(path), windows) for path in (tmp_path / "pruned", small_moe))
-    assert list(found.against.loads) == [0, 1, 2, 3]
+    assert list(found.against.loads) == list(range(BLOCKS))
     for layer, load in found.against.loads.items():
         assert load.keep == KEEP.keep[layer]  # as the record of the output has it
         assert list(load.tested) == counts[layer]
@@ -165,7 +172,7 @@ def test_a_checkpoint_against_itself_differs_nowhere(small_moe: Path, windows: W
     source = Checkpoint.open(small_moe)
     found = run_evaluate(source, windows, tmp_path / "w", source).against
     assert found is not None
-    assert (found.kl, found.top1, found.block_errors) == (0, 1, (0, 0, 0, 0))
+    assert (found.kl, found.top1, found.block_errors) == (0, 1, (0,) * BLOCKS)
 
 
 @pytest.mark.parametrize("stop_at", picked([3, 1, 5], 3))
@@ -187,15 +194,14 @@ def test_interrupted_it_goes_on_to_the_same_figures(
         evaluate(pruned, windows, options, source)
     options.on_progress = seen.append
     assert evaluate(pruned, windows, options, source) == whole
-    assert seen[-1].done == seen[-1].total == 2 * 5 * 1280
+    assert seen[-1].done == seen[-1].total == 2 * (BLOCKS + 1) * 1280
 
 
 # -- sources of text --------------------------------------------------------------------------------------------------
 
 
 def held_out(**options: Any) -> Windows:
-    root = Path(__file__).resolve().parents[1] / "examples" / "small-moe"
-    return load_windows(root, DataOptions(data=str(root / "text/heldout.jsonl"), samples=5, seqlen=96, **options))
+    return load_windows(WHOLE, DataOptions(data=HELDOUT, samples=5, seqlen=96, **options))
 
 
 def test_each_source_has_the_figures_of_its_windows(small_moe: Path, tmp_path: Path) -> None:
@@ -220,7 +226,7 @@ def test_each_source_has_the_figures_of_its_windows(small_moe: Path, tmp_path: P
     assert found.against.kl == pytest.approx(mean, rel=1e-9)
     losses = [math.log(each.perplexity) for each in found.sources.values()]
     assert math.log(found.perplexity) == pytest.approx(sum(losses) / 2, rel=1e-9)
-    assert len(found.against.block_errors) == 4
+    assert len(found.against.block_errors) == BLOCKS
 
 
 def test_the_perplexity_of_a_source_is_the_loaded_models(small_moe: Path, tmp_path: Path) -> None:
@@ -251,7 +257,7 @@ def test_sources_go_on_after_an_interruption(small_moe: Path, tmp_path: Path) ->
 def test_the_command_shows_each_source_and_the_card_too(small_moe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(plan_prune(Checkpoint.open(small_moe), KEEP), out)
-    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64", "--by-text-source"]
+    data = ["--data", HELDOUT, "--samples", "2", "--seqlen", "64", "--by-text-source"]
     base = ["evaluate", str(out), *data, "--work", str(tmp_path / "w"), "-q"]
     runner, plot = CliRunner(), tmp_path / "p.png"
     assert "sources  code 2, kjv 2 windows" in runner.invoke(main, [*base, "--dry-run"]).output
@@ -295,20 +301,20 @@ def row(output: str, first: str) -> list[str]:
 
 
 def test_sources_that_are_not_there_are_refused(small_moe: Path, tmp_path: Path) -> None:
-    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "1", "--seqlen", "8"]
+    data = ["--data", HELDOUT, "--samples", "1", "--seqlen", "8"]
     for command in (["evaluate", str(small_moe)], ["score", str(small_moe), "-o", str(tmp_path / "s")]):
         result = CliRunner().invoke(main, [*command, *data, "--text-sources", "kjv, cod", "--dry-run"])
         assert result.exit_code == 1
         assert "heldout.jsonl: expected documents of source 'cod', found 'code', 'kjv'\n" in result.output
 
 
-def test_the_card_says_which_sources_were_calibrated_on(small_moe: Path, tmp_path: Path) -> None:
-    keep = json.loads((small_moe.parents[1] / "manifests/small-moe-keep8.json").read_text())
+def test_the_card_says_which_sources_were_calibrated_on(tmp_path: Path) -> None:
+    keep = json.loads((WHOLE.parents[1] / "manifests/small-moe-keep8.json").read_text())
     digest = keep["provenance"]["runs"][0]["sha256"]
     keep["provenance"]["runs"][0]["sources"] = ["code"]
     manifest, path, out = tmp_path / "keep.json", tmp_path / "e.json", tmp_path / "out"
     manifest.write_text(json.dumps(keep))
-    run(plan_prune(Checkpoint.open(small_moe), Manifest.load(manifest)), out)
+    run(plan_prune(Checkpoint.open(WHOLE), Manifest.load(manifest)), out)
     for sources, flatters in (([], True), (["code"], True), (["kjv"], False)):
         data = {"data": "calib.jsonl", "sha256": digest, "sources": sources}
         identity = identify(Checkpoint.open(out)).described()
@@ -355,7 +361,7 @@ def test_a_picture_shows_any_name_and_any_number_of_sources(tmp_path: Path) -> N
 def test_models_of_another_shape_are_refused(
     small_moe: Path, tiny_checkpoints: dict[str, Path], windows: Windows, tmp_path: Path
 ) -> None:
-    with pytest.raises(PlanError, match=r"num_blocks is 4, but .* same shape"):
+    with pytest.raises(PlanError, match=r"num_blocks is 2, but .* same shape"):
         run_evaluate(
             Checkpoint.open(small_moe), windows, tmp_path / "w", Checkpoint.open(tiny_checkpoints["deepseek_v3"])
         )
@@ -364,7 +370,7 @@ def test_models_of_another_shape_are_refused(
 def test_the_command(small_moe: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "keep.json"
     manifest.write_text(json.dumps(KEEP.to_dict()))
-    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "4", "--seqlen", "64"]
+    data = ["--data", HELDOUT, "--samples", "4", "--seqlen", "64"]
     base = ["evaluate", str(small_moe), *data, "--work", str(tmp_path / "w"), "-q"]
     runner = CliRunner()
     dry = runner.invoke(main, [*base, "--dry-run"])
@@ -377,17 +383,18 @@ def test_the_command(small_moe: Path, tmp_path: Path) -> None:
     facts = json.loads(result.stdout)
     assert facts["tokens"] == 256
     assert facts["perplexity"] > facts["against"]["perplexity"]
-    assert len(facts["against"]["block_errors"]) == 4
+    assert len(facts["against"]["block_errors"]) == BLOCKS
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     text = runner.invoke(main, [*base, "-m", str(manifest), "--against", str(small_moe)])
     assert "KL divergence" in text.output
     assert runner.invoke(main, [*base, "--plot", str(plot)]).exit_code == 2  # nothing to draw without a reference
 
 
-def test_a_reference_in_another_type_shows_what_the_type_does(small_moe: Path, tmp_path: Path) -> None:
-    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "2", "--seqlen", "64"]
-    base = ["evaluate", str(small_moe), *data, "--work", str(tmp_path / "w"), "-q", "--dtype", "bfloat16"]
-    both = [*base, "--against", str(small_moe)]
+def test_a_reference_in_another_type_shows_what_the_type_does(tmp_path: Path) -> None:
+    """Of the whole small checkpoint: a router that chooses fewer experts changes more."""
+    data = ["--data", HELDOUT, "--samples", "2", "--seqlen", "64"]
+    base = ["evaluate", str(WHOLE), *data, "--work", str(tmp_path / "w"), "-q", "--dtype", "bfloat16"]
+    both = [*base, "--against", str(WHOLE)]
     same = CliRunner().invoke(main, both)
     assert same.exit_code == 0, same.output
     assert "KL divergence  0.000000" in same.output
@@ -403,7 +410,7 @@ def test_a_reference_in_another_type_shows_what_the_type_does(small_moe: Path, t
 def test_no_data_no_device(small_moe: Path) -> None:
     runner = CliRunner()
     assert "'--data'" in runner.invoke(main, ["evaluate", str(small_moe)]).output
-    data = ["--data", str(small_moe / "text/heldout.jsonl"), "--samples", "1", "--seqlen", "8"]
+    data = ["--data", HELDOUT, "--samples", "1", "--seqlen", "8"]
     result = runner.invoke(main, ["evaluate", str(small_moe), *data, "--device", "abacus"])
     assert result.exit_code == 1
     assert result.output.startswith("shardxform: --device abacus: ")

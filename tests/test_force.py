@@ -12,10 +12,12 @@ import pytest
 from build import tiny, write_checkpoint
 from click.testing import CliRunner
 from faults import Counting, Crashing
+from smaller import smaller
 from strategies import picked
 from test_identity import flip
 from test_prune import manifest_of
 from test_run import looks_complete, tree
+from texts import few
 
 from shardxform.base import computing
 from shardxform.checkpoint.table import Checkpoint
@@ -31,6 +33,11 @@ from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
 
 FORCE = RunOptions(jobs=1, force=True)
+
+
+@pytest.fixture
+def small_moe() -> Path:
+    return smaller()
 
 
 @pytest.fixture
@@ -164,7 +171,7 @@ def tuned(source: Path, out: Path, data: Path, *more: str) -> str:
 @pytest.mark.parametrize("inputs", picked(["fp", "quantized"], 2))
 def test_force_does_not_tune_on_the_states_of_another_text(inputs: str, small_moe: Path, tmp_path: Path) -> None:
     """Work that stopped after a block leaves hidden states of its own text, which have the size of any other text's."""
-    one, other = (small_moe / "text" / name for name in ("calib.jsonl", "heldout.jsonl"))
+    one, other = few("calib.jsonl"), few("heldout.jsonl")
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     if inputs == "fp":
         ways = ("--inputs", "fp", "--blocks", "0-0")
@@ -201,7 +208,7 @@ def stopped_after_a_block(source: Path, out: Path, data: Path) -> None:
 def test_tuning_of_other_versions_or_instructions_is_refused_naming_them(
     small_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, out = small_moe / "text/calib.jsonl", tmp_path / "out"
+    data, out = few("calib.jsonl"), tmp_path / "out"
     stopped_after_a_block(small_moe, out, data)
     made_by = computing.of_model("cpu")
     assert made_by.keys() == {"shardxform", "torch", "transformers", "instructions", "arithmetic", "constants"}

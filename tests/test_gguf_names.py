@@ -221,7 +221,7 @@ def test_no_release_says_what_is_refused() -> None:
         if layout.family.name in NAMES_OF_MLX:
             refuse_misread(layout)
             seen.add(layout.family.name)
-    unreleased = {"granitemoeshared", "mistral4"}
+    unreleased = {"granitemoeshared", "mistral4", "qwen3_omni_moe"}
     assert seen == (KINDS.keys() | NAMES_OF_MLX.keys()) - unreleased
 
 
@@ -242,6 +242,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "21 of the 64 channels of a head are rotated",
     ),
     "bases that are passed over": ("MiMo-V2-Flash", {"rope_theta": 10000}, "for which transformers takes 5000000.0"),
+    "queries in one step": ("DeepSeek-V3", {"num_hidden_layers": 27}, "q_lora_rank is 1536, of 27 layers"),
+    "queries in two": ("DeepSeek-V2-Lite", {"num_hidden_layers": 28}, "q_lora_rank is None, of 28 layers"),
+    "queries of an indexer": ("GLM-5", {"num_hidden_layers": 27, "q_lora_rank": None}, "q_lora_rank is None"),
     "long steps": ("Nemotron-3-Nano-30B-A3B", {"time_step_min": 0.01}, "time_step_min is 0.01"),
     "no length": ("Jamba-1.5-Mini", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
     "shared ones unsaid": ("ERNIE-4.5-21B-A3B", {"moe_num_shared_experts": ...}, "moe_num_shared_experts is missing"),
@@ -265,6 +268,11 @@ def test_a_release_that_says_what_llama_has_no_key_for_is_refused(case: str) -> 
     release, changes, said = REFUSED[case]
     with pytest.raises(SchemeError, match=said):
         stated(release, **changes)
+
+
+def test_queries_in_one_step_are_run_where_llama_knows_of_them() -> None:
+    """As of Kanana-2, by its layers and tokens."""
+    stated("DeepSeek-V3", num_hidden_layers=48, vocab_size=128256, q_lora_rank=None, n_group=1, topk_group=1)
 
 
 def test_steps_that_transformers_bounds_are_told() -> None:

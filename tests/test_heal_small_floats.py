@@ -384,8 +384,9 @@ def test_the_independent_check_finds_one_wrong_code(kind: str, folder: Path, tmp
 # -- merged -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", picked(FLOATS, 1))
-@pytest.mark.parametrize("encoding", ["source", "16bit"])
+@pytest.mark.parametrize(
+    ("kind", "encoding"), picked([(kind, encoding) for kind in FLOATS for encoding in ("source", "16bit")], 3)
+)
 def test_merged_experts_are_rounded_as_healed_ones_are(
     kind: str, encoding: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from build import Raw, read_checkpoint, tiny, write_checkpoint
 from conversions import forget_changes
+from smaller import BLOCKS, ROUTED, smaller
 from strategies import picked
 from test_prune_oracle import KEEP, prune_loaded, tokens
 
@@ -66,6 +67,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def small_moe() -> Path:
+    return smaller()
 
 
 def quantize(source: Path, out: Path, scheme: Scheme, manifest: Manifest | None = None, **view: Any) -> Path:
@@ -235,7 +241,7 @@ def test_auto_round_loads_the_small_model_and_computes_with_the_stored_weights(
     assert packed == {"auto_round_extension.torch.qlinear_torch_zp"}
     stored = stored_weights(out, bits)
     assert (
-        len(stored) == 4 * 3 * (8 if pruned else 16) + 4 * 3 + 3 * 3 + 4
+        len(stored) == BLOCKS * 3 * (4 if pruned else ROUTED) + BLOCKS * 3 + 3 + 4
     )  # experts, shared, linear and full attention
     assert_same(held_weights(model, stored), stored)
     batch = tokens(small_moe)
@@ -294,10 +300,10 @@ def test_experts_that_stay_16_bit_in_one_layer_are_loaded_too(format_: Any, smal
     options = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     model = load(out, torch.bfloat16, **(options if format_ == "compressed-tensors" else {}))
     kept = [name for name in read_checkpoint(out) if ".1.mlp.experts." in name]
-    assert len(kept) == (2 if format_ == "compressed-tensors" else 48)
+    assert len(kept) == (2 if format_ == "compressed-tensors" else 3 * ROUTED)
     source = {name: t.float32() for name, t in read_checkpoint(small_moe).items() if ".1.mlp.experts." in name}
     stored = {}
-    for expert in range(16):
+    for expert in range(ROUTED):
         stem = f"model.layers.1.mlp.experts.{expert}"
         both = source["model.layers.1.mlp.experts.gate_up_proj"][expert]
         stored |= {f"{stem}.gate_proj": both[:128], f"{stem}.up_proj": both[128:]}

@@ -29,6 +29,7 @@ from shardxform.errors import FamilyError, Interrupted, ResumeError  # noqa: E40
 from shardxform.experts import ExpertStats, Saliency  # noqa: E402
 from shardxform.experts.scoring import ScoreOptions, score  # noqa: E402
 from shardxform.experts.weighing import weigh  # noqa: E402
+from shardxform.forward import passes  # noqa: E402
 from shardxform.forward.weights import Precision  # noqa: E402
 from shardxform.forward.work import HiddenWriter  # noqa: E402
 
@@ -219,13 +220,16 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(small_moe: Path, tmp_
 
 
 def arguments(small_moe: Path, out: Path) -> list[str]:
-    data = ["--data", str(few("calib.jsonl", 5)), "--samples", "24", "--seqlen", "256"]
+    data = ["--data", str(few("calib.jsonl", 5)), "--samples", "6", "--seqlen", "64"]
     return ["score", str(small_moe), "-o", str(out), "--quiet", *data]
 
 
 @pytest.mark.crash
-def test_killed_in_several_blocks_the_command_ends_with_the_same_file(small_moe: Path, tmp_path: Path) -> None:
-    """Within blocks, and between them, and before that, in a child of this process."""
+def test_killed_in_several_blocks_the_command_ends_with_the_same_file(
+    small_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within blocks, of three batches each, and between them, and before that, in a child of this process."""
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 128)
     main(arguments(small_moe, tmp_path / "whole"), standalone_mode=False)
     out = tmp_path / "killed"
     begun = tmp_path / "killed.work" / "scored-0000.hidden"

@@ -16,6 +16,7 @@ from build import tiny, write_checkpoint
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import by_night
 from test_manifest import deepseek
 
 from shardxform import __version__
@@ -321,6 +322,7 @@ def test_the_text_of_a_manifest_has_one_list_a_line() -> None:
 
 @pytest.mark.oracle
 @pytest.mark.slow
+@by_night
 def test_the_manifest_of_the_quickstart_is_what_score_and_select_make(tmp_path: Path) -> None:
     import torch
 

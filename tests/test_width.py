@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from build import read_checkpoint, tiny, write_checkpoint, write_json
 from click.testing import CliRunner
+from texts import few
 
 from shardxform.ask.manifest import Manifest
 from shardxform.checkpoint.table import Checkpoint
@@ -146,7 +147,7 @@ def test_what_is_left_computes_what_the_model_computes_without_those_channels(sm
     from shardxform.formats.integers import Ints
     from shardxform.formats.stored import read_stored
 
-    data = ["--data", small_moe / "text" / "calib.jsonl", "--samples", 4, "--seqlen", 64]
+    data = ["--data", few("calib.jsonl"), "--samples", 4, "--seqlen", 64]
     call("score", small_moe, "-o", tmp_path / "s", "--channels", "-q", "--dtype", "float32", *data)
     every = ["--keep", 16, "--width", 64, "-o", tmp_path / "keep.json"]
     assert "  channels  128 -> 64 of every expert" in call("select", tmp_path / "s", *every).splitlines()

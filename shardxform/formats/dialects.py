@@ -84,7 +84,11 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
     _refuse_idle_patterns(scheme, modules)
     reasons = {module.name: _reason(module, layout, scheme) for module in modules}
     misfit = functools.cache(target_of(scheme).misfit)  # of one shape, as a rule, for ten thousand experts
+    narrow = functools.cache(Ints(scheme.grid).misfit)
     misfits = {m.name: why for m in modules if not reasons[m.name] and (why := misfit(*m.shape))}
+    if scheme.format == GGUF:
+        chosen = (m for m in modules if not reasons[m.name] and m.name not in misfits and _has_twin(m, scheme))
+        misfits |= {m.name: why for m in chosen if (why := narrow(*m.shape))}
     groups = _merged(layout, modules)
     for members in groups:
         blocked = [name for name in members if name in misfits]
@@ -98,6 +102,12 @@ def select(layout: Layout, tensors: Mapping[str, TensorRef], scheme: Scheme) -> 
         raise SchemeError("nothing to quantize: no module is selected and fits")
     kept = {name: why for name, why in reasons.items() if why}
     return Selection(quantized, kept, misfits, tuple(module for module in modules if module.name in kept))
+
+
+def _has_twin(module: Matrix, scheme: Scheme) -> bool:
+    """Whether the other formats would round a matrix for GGUF too; what they leave alone stays so there."""
+    place = module.place
+    return place.scope == "block" and place.template.role in LINEAR_ROLES and not is_carried(module, scheme)
 
 
 def target_of(scheme: Scheme) -> Gridded:

@@ -24,7 +24,7 @@ from shardxform.model.tied_head import is_tied
 from shardxform.runtimes.gguf.keys import Recorder
 from shardxform.runtimes.gguf.transforms import Order, Transform
 
-__all__ = ["EXPERTS", "Architecture", "Kind", "Named", "Part", "Piece", "vocabulary"]
+__all__ = ["EXPERTS", "Architecture", "Kind", "Named", "Part", "Piece", "stacks", "vocabulary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +124,25 @@ class Part:
     seen: tuple[int, int] | None = None
 
 
-EXPERTS: Final = tuple(
-    (f"model.layers.{{l}}.mlp.experts.{name}_proj", held)
-    for name, held in (("down", (2,)), ("gate", (0,)), ("up", (1,)))
-)
-"""Tensors of routed experts, in the converter's order, and the projections each is made of: gate 0, up 1, down 2."""
+Stacks = tuple[tuple[str, tuple[int, ...]], ...]
+"""Tensors of routed experts, and the projections that each is made of."""
+
+
+def stacks(names: str, **held: int | tuple[int, ...]) -> Stacks:
+    """Name tensors of routed experts, in the converter's order.
+
+    Args:
+        names: in the map's spelling; `{l}` stands for the block's number, `{}` for what each is called.
+        held: what each is called, and the number of the projection that it holds, or of several.
+
+    """
+    return tuple(
+        (names.replace("{}", name), each if isinstance(each, tuple) else (each,)) for name, each in held.items()
+    )
+
+
+EXPERTS: Final = stacks("model.layers.{l}.mlp.experts.{}_proj", down=2, gate=0, up=1)
+"""Of most families: gate 0, up 1, down 2."""
 
 
 def _alone(_: Architecture, released: str) -> tuple[Part, ...]:
@@ -168,7 +182,7 @@ class Kind:
     maps: tuple[str, ...]
     decoder: str = "model."
     spelled: Mapping[str, str] = field(default_factory=dict)
-    experts: tuple[tuple[str, tuple[int, ...]], ...] = EXPERTS
+    experts: Stacks = EXPERTS
     parts: Callable[[Architecture, str], Sequence[Part]] = _alone
     made: Callable[[Architecture], Iterator[Named]] = _nothing
     leads_dense: bool = False
@@ -235,6 +249,17 @@ class Architecture:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise SchemeError(f"config.json: {key} is {value!r}; GGUF needs a count")
         return value
+
+    def sized(self, symbol: str) -> int:
+        """Return a size that the family works out of several keys."""
+        found = self.layout.family.symbols[symbol]
+        assert callable(found)
+        return found(self.config)
+
+    def which(self, condition: str) -> list[bool]:
+        """Tell of which blocks a condition of the family holds."""
+        holds = self.layout.family.holds
+        return [holds(condition, self.config, layer) for layer in range(self.layout.num_layers)]
 
     def place(self, name: str) -> Place | None:
         """Where a tensor belongs that is written; None for one that llama.cpp's text models do without.

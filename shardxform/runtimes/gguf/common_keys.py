@@ -19,6 +19,7 @@ __all__ = [
     "UNTIED",
     "add_common",
     "add_gating",
+    "add_normalized_sigmoid",
     "add_sections",
     "head_channels",
     "multiplier",
@@ -314,6 +315,18 @@ def sigmoid_weights(writer: Any, config: Mapping[str, Any]) -> None:  # noqa: AN
     writer.add_expert_weights_scale(multiplier(config, "routed_scaling_factor"))
     if needed(config, "norm_topk_prob"):
         writer.add_expert_weights_norm(True)
+    add_gating(writer, "SIGMOID")
+
+
+def add_normalized_sigmoid(writer: Any, config: Mapping[str, Any], scale: str) -> None:  # noqa: ANN401
+    """Add that scores of a sigmoid are normalized over the experts chosen, and what `scale` multiplies them by.
+
+    Raises:
+        SchemeError: see `multiplier`.
+
+    """
+    writer.add_expert_weights_norm(True)
+    writer.add_expert_weights_scale(float(multiplier(config, scale)))
     add_gating(writer, "SIGMOID")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part, stacks
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
     SILU,
@@ -150,25 +150,17 @@ _QWEN3_NEXT: Final = Kind(
 # -- Kimi-Linear -------------------------------------------------------------------------------------------------------
 
 
-def _kimi_size(architecture: Architecture, symbol: str) -> int:
-    """A size of delta attention, which releases keep in an object of its own."""
-    found = architecture.layout.family.symbols[symbol]
-    assert callable(found)
-    return found(architecture.config)
-
-
 def _kimi_keys(architecture: Architecture, recorder: Recorder) -> None:
     """A block without heads of keys is one of delta attention; nothing is rotated, though a part of a head is apart."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
-    holds = architecture.layout.family.holds
-    heads = [int(holds("latent", config, layer)) for layer in range(architecture.layout.num_layers)]
+    heads = [int(each) for each in architecture.which("latent")]
     over: dict[str, Any] = {"num_key_value_heads": heads, "head_dim": None, "n_group": None}
     if config.get("max_position_embeddings") is None:
         over["max_position_embeddings"] = size("model_max_length")
     add_common(architecture, recorder, rotated=False, latent=True, **over)
     writer.add_vocab_size(size("vocab_size"))
-    writer.add_ssm_conv_kernel(_kimi_size(architecture, "C"))
-    writer.add_kda_head_dim(_kimi_size(architecture, "LD"))
+    writer.add_ssm_conv_kernel(architecture.sized("C"))
+    writer.add_kda_head_dim(architecture.sized("LD"))
     if config.get("q_lora_rank") is not None:
         writer.add_q_lora_rank(size("q_lora_rank"))
     writer.add_kv_lora_rank(size("kv_lora_rank"))
@@ -188,26 +180,23 @@ def _kimi_check(architecture: Architecture) -> None:
     wanted |= {"mla_use_nope": (True,), "num_expert_group": (1, None)}
     refuse_values(architecture, {**SILU, **UNBIASED, **UNTIED, **wanted})
     refuse_large_epsilon(architecture)
-    heads = _kimi_size(architecture, "LQ")
+    heads = architecture.sized("LQ")
     if heads != architecture.size("num_attention_heads"):
         raise SchemeError(
             f"config.json: delta attention has {heads} heads and num_attention_heads is"
             f" {architecture.size('num_attention_heads')}; llama.cpp runs one number"
         )
-    kinds = {
-        architecture.layout.family.holds("latent", architecture.config, each) for each in range(architecture.blocks)
-    }
-    if len(kinds) == 1:
+    if len(set(architecture.which("latent"))) == 1:
         raise SchemeError("config.json: layers are all of one kind; llama.cpp's kimi-linear runs models that have both")
 
 
 def _kimi_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
     """Convolutions and decay rates have the dimensions that llama.cpp broadcasts them by."""
     if name.endswith("_conv1d.weight"):
-        channels = _kimi_size(architecture, "LQ") * _kimi_size(architecture, "LD")
+        channels = architecture.sized("LQ") * architecture.sized("LD")
         return (Part(name, leading=(1, channels)),)
     if name.endswith("self_attn.A_log"):
-        return (Part(name, Transform(value="minus exp"), leading=(1, 1), seen=(_kimi_size(architecture, "LQ"), 1)),)
+        return (Part(name, Transform(value="minus exp"), leading=(1, 1), seen=(architecture.sized("LQ"), 1)),)
     return latent_parts(architecture, name)
 
 
@@ -219,9 +208,7 @@ _KIMI_LINEAR: Final = Kind(
         "self_attn.dt_bias": "self_attn.dt_proj.bias",
         **{f"block_sparse_moe.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
     },
-    experts=tuple(
-        (f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("gate", (0,)), ("down", (2,)), ("up", (1,)))
-    ),
+    experts=stacks("blk.{l}.ffn_{}_exps", gate=0, down=2, up=1),
     parts=_kimi_parts,
     leads_dense=True,
     keys=_kimi_keys,

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from shardxform.errors import SchemeError
 from shardxform.formats.encoding import Cut
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part, stacks
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
     OF_GLM,
@@ -81,14 +81,35 @@ def _latent_check(architecture: Architecture, wanted: Mapping[str, tuple[object,
             )
     elif kind == "linear":
         raise SchemeError("config.json: rope_type 'linear'; of latent attention llama.cpp runs default and yarn")
-    if architecture.config.get("q_lora_rank") is None and architecture.layout.num_layers not in _WHOLE_QUERIES:
+    _refuse_other_queries(architecture)
+
+
+def _refuse_other_queries(architecture: Architecture) -> None:
+    """Refuse queries that llama.cpp looks for in another way: it tells by counts whether they are made in one step.
+
+    Raises:
+        SchemeError: `q_lora_rank` is there, or is missing, where it expects the other.
+
+    """
+    layers, found = architecture.layout.num_layers, architecture.config.get("q_lora_rank")
+    whole = layers in _WHOLE_QUERIES or (layers, architecture.config.get("vocab_size")) == _KANANA_2
+    if architecture.name in _RANKED:
+        whole = False
+    if (found is None) != whole:
         raise SchemeError(
-            "config.json: q_lora_rank is missing; llama.cpp does without it in models of 26 or 27 layers only"
+            f"config.json: q_lora_rank is {found!r}, of {layers} layers; llama.cpp's {architecture.name} has"
+            f" {'none' if whole else 'one'} then"
         )
 
 
 _WHOLE_QUERIES: Final = (26, 27)
 """Numbers of layers by which llama.cpp tells models whose queries are made in one step."""
+
+_KANANA_2: Final = (48, 128256)
+"""Layers and tokens of one more."""
+
+_RANKED: Final = ("deepseek32", "glm-dsa")
+"""Architectures none of whose models makes them so."""
 
 
 def latent_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
@@ -156,7 +177,7 @@ def _deepseek_v32_keys(architecture: Architecture, recorder: Recorder) -> None:
     _latent_keys(architecture, recorder)
     recorder.writer.add_indexer_head_count(architecture.size("index_n_heads"))
     recorder.writer.add_indexer_key_length(architecture.size("index_head_dim"))
-    recorder.writer.add_indexer_top_k(architecture.size("index_topk"))
+    recorder.writer.add_indexer_top_k(multiplier(architecture.config, "index_topk"))
 
 
 def _deepseek_v32_check(architecture: Architecture) -> None:
@@ -206,11 +227,7 @@ _GLM4_MOE_LITE: Final = Kind(
 def _glm_moe_dsa_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Blocks without an indexer of their own are listed, those of MTP layers not."""
     _deepseek_v32_keys(architecture, recorder)
-    holds, layers = architecture.layout.family.holds, range(architecture.layout.num_layers)
-    recorder.writer.add_array(
-        f"{architecture.name}.attention.indexer.types",
-        [holds("indexer", architecture.config, layer) for layer in layers],
-    )
+    recorder.writer.add_array(f"{architecture.name}.attention.indexer.types", architecture.which("indexer"))
 
 
 def _glm_moe_dsa_check(architecture: Architecture) -> None:
@@ -256,7 +273,7 @@ _MISTRAL4: Final = replace(
     _DEEPSEEK_V2,
     name="mistral4",
     maps=("MISTRAL4",),
-    experts=tuple((f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("down", (2,)), ("gate_up", (0, 1)))),
+    experts=stacks("blk.{l}.ffn_{}_exps", down=2, gate_up=(0, 1)),
     keys=_mistral4_keys,
     check=_mistral4_check,
 )

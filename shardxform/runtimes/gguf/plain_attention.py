@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part, stacks
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
     OF_GLM,
@@ -17,6 +17,7 @@ from shardxform.runtimes.gguf.common_keys import (
     UNTIED,
     add_common,
     add_gating,
+    add_normalized_sigmoid,
     add_sections,
     head_channels,
     multiplier,
@@ -122,10 +123,7 @@ _MINIMAX_M2: Final = Kind(
     name="minimax-m2",
     maps=("MINIMAXM2",),
     spelled=CORRECTED,
-    experts=tuple(
-        (f"model.layers.{{l}}.block_sparse_moe.experts.{name}", held)
-        for name, held in (("w1", (0,)), ("w2", (2,)), ("w3", (1,)))
-    ),
+    experts=stacks("model.layers.{l}.block_sparse_moe.experts.{}", w1=0, w2=2, w3=1),
     splits={"gpt-4o": "minimax-m2"},
     keys=_minimax_m2_keys,
     check=_minimax_m2_check,
@@ -155,9 +153,7 @@ def neighbours(architecture: Architecture, name: str) -> tuple[Part, ...]:
     return (Part(name, Transform(rows=Order((Run(0, (architecture.size(key), 2, half), (0, 2, 1)),)))),)
 
 
-W_EXPERTS: Final = tuple(
-    (f"layers.{{l}}.feed_forward.experts.{name}", held) for name, held in (("w1", (0,)), ("w2", (2,)), ("w3", (1,)))
-)
+W_EXPERTS: Final = stacks("layers.{l}.feed_forward.experts.{}", w1=0, w2=2, w3=1)
 """Tensors of experts that are called so in the map, and the projection that each is made of."""
 
 _MIXTRAL: Final = Kind(
@@ -186,6 +182,8 @@ def _qwen3_vl_moe_check(architecture: Architecture) -> None:
 
 
 _QWEN3_VL_MOE: Final = Kind(name="qwen3vlmoe", maps=("QWEN3VLMOE",), keys=_qwen3_vl_moe_keys, check=_qwen3_vl_moe_check)
+
+_QWEN3_OMNI_MOE: Final = replace(_QWEN3_VL_MOE, specials={"bos": "<|im_end|>", "eos": "<|im_end|>"})
 
 
 # -- Qwen2-MoE, OLMoE --------------------------------------------------------------------------------------------------
@@ -256,14 +254,11 @@ _DOTS1: Final = Kind(
 
 def _hunyuan_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Every expert, and the shared one, is as wide as the dense layers of other models are."""
-    writer, layout = recorder.writer, architecture.layout
+    writer, shared = recorder.writer, architecture.sized("S")
     add_common(architecture, recorder, **_stretched(architecture))
-    width, shared = (layout.family.symbols[each] for each in "IS")
-    assert callable(width)
-    assert callable(shared)
-    writer.add_expert_shared_feed_forward_length(shared(architecture.config))
-    writer.add_expert_feed_forward_length(width(architecture.config))
-    writer.add_expert_shared_count(shared(architecture.config) // architecture.size("intermediate_size"))
+    writer.add_expert_shared_feed_forward_length(shared)
+    writer.add_expert_feed_forward_length(architecture.sized("I"))
+    writer.add_expert_shared_count(shared // architecture.size("intermediate_size"))
 
 
 def _stretched(architecture: Architecture) -> dict[str, Any]:
@@ -278,11 +273,10 @@ def _stretched(architecture: Architecture) -> dict[str, Any]:
 
 def _hunyuan_check(architecture: Architecture) -> None:
     refuse_values(architecture, {**SILU, **UNBIASED, "use_qk_norm": (True,), "use_cla": (False, None)})
-    width = architecture.layout.family.symbols["I"]
-    assert callable(width)
-    if width(architecture.config) != architecture.size("intermediate_size"):
+    width = architecture.sized("I")
+    if width != architecture.size("intermediate_size"):
         raise SchemeError(
-            f"config.json: moe_intermediate_size is {width(architecture.config)} and intermediate_size"
+            f"config.json: moe_intermediate_size is {width} and intermediate_size"
             f" {architecture.size('intermediate_size')}; llama.cpp's hunyuan-moe runs one number"
         )
 
@@ -304,9 +298,7 @@ def _hy_v3_keys(architecture: Architecture, recorder: Recorder) -> None:
     add_common(architecture, recorder)
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_feed_forward_length(size("moe_intermediate_size") * size("num_shared_experts"))
-    writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(multiplier(architecture.config, "router_scaling_factor"))
-    add_gating(writer, "SIGMOID")
+    add_normalized_sigmoid(writer, architecture.config, "router_scaling_factor")
 
 
 def _hy_v3_check(architecture: Architecture) -> None:
@@ -400,10 +392,7 @@ def granite_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:
 GRANITE: Final = Kind(
     name="granitemoe",
     maps=("GRANITE_MOE",),
-    experts=tuple(
-        (f"model.layers.{{l}}.mlp.experts.{name}_proj", held)
-        for name, held in (("gate", (0,)), ("up", (1,)), ("down", (2,)))
-    ),
+    experts=stacks("model.layers.{l}.mlp.experts.{}_proj", gate=0, up=1, down=2),
     parts=granite_parts,
     keys=granite_keys,
     check=granite_check,
@@ -424,6 +413,7 @@ PLAIN: Final[Mapping[str, Kind]] = {
     "olmoe": _OLMOE,
     "qwen2_moe": _QWEN2_MOE,
     "qwen3_moe": _QWEN3_MOE,
+    "qwen3_omni_moe": _QWEN3_OMNI_MOE,
     "qwen3_vl_moe": _QWEN3_VL_MOE,
     "solar_open": _SOLAR_OPEN,
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Named, Part, stacks
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
     SILU,
@@ -15,6 +15,7 @@ from shardxform.runtimes.gguf.common_keys import (
     UNTIED,
     add_common,
     add_gating,
+    add_normalized_sigmoid,
     head_channels,
     multiplier,
     needed,
@@ -66,30 +67,17 @@ _GPT_OSS: Final = Kind(
 # -- Gemma 4 -----------------------------------------------------------------------------------------------------------
 
 
-def _of_full(architecture: Architecture, symbol: str) -> int:
-    """A size of layers with full attention, as the family works it out."""
-    found = architecture.layout.family.symbols[symbol]
-    assert callable(found)
-    return found(architecture.config)
-
-
-def _sliding(architecture: Architecture) -> list[bool]:
-    """Which layers attend to a window."""
-    holds = architecture.layout.family.holds
-    return [holds("sliding", architecture.config, layer) for layer in range(architecture.layout.num_layers)]
-
-
 def _gemma4_keys(architecture: Architecture, recorder: Recorder) -> None:
     size, writer, config = architecture.size, recorder.writer, architecture.config
     add_common(architecture, recorder, head_dim=None, num_key_value_heads=None)
     writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)  # without the key it caps at 30
     writer.add_sliding_window(size("sliding_window"))
-    sliding, own, full = _sliding(architecture), size("num_key_value_heads"), _of_full(architecture, "FK")
+    sliding, own, full = architecture.which("sliding"), size("num_key_value_heads"), architecture.sized("FK")
     writer.add_head_count_kv([own if each else full for each in sliding] if full != own else own)
     writer.add_shared_kv_layers(config.get("num_kv_shared_layers") or 0)
     writer.add_embedding_length_per_layer_input(config.get("hidden_size_per_layer_input") or 0)
     writer.add_sliding_window_pattern(sliding)
-    width = _of_full(architecture, "FD")
+    width = architecture.sized("FD")
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_key_length_swa(size("head_dim"))
@@ -116,8 +104,8 @@ def _gemma4_check(architecture: Architecture) -> None:
 
 def _gemma4_made(architecture: Architecture) -> Iterator[Named]:
     """Factors of the frequencies of full attention: those beyond the part that is rotated are divided away."""
-    rope = rope_of(architecture.config)["full_attention"]
-    half = _of_full(architecture, "FD") // 2
+    rope = needed(rope_of(architecture.config), "full_attention")
+    half = architecture.sized("FD") // 2
     rotated = int(2 * half * needed(rope, "partial_rotary_factor") / 2)
     yield Named("rope_freqs.weight", (half,), (), wide=True, values=(1.0,) * rotated + (1e30,) * (half - rotated))
 
@@ -132,7 +120,7 @@ _GEMMA4: Final = Kind(
     name="gemma4",
     maps=("GEMMA4",),
     spelled={"layer_scalar": "layer_scalar.weight"},
-    experts=(("model.layers.{l}.experts.down_proj", (2,)), ("model.layers.{l}.experts.gate_up_proj", (0, 1))),
+    experts=stacks("model.layers.{l}.experts.{}_proj", down=2, gate_up=(0, 1)),
     parts=_gemma4_parts,
     made=_gemma4_made,
     keys=_gemma4_keys,
@@ -167,9 +155,7 @@ def _afmoe_keys(architecture: Architecture, recorder: Recorder) -> None:
     writer.add_expert_shared_count(shared_experts(architecture, "num_shared_experts"))
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_leading_dense_block_count(architecture.leading_dense)
-    writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(multiplier(config, "route_scale"))
-    add_gating(writer, "SIGMOID")
+    add_normalized_sigmoid(writer, config, "route_scale")
     writer.add_sliding_window(size("sliding_window"))
 
 
@@ -290,7 +276,7 @@ def _llama4_made(architecture: Architecture) -> Iterator[Named]:
     yield Named("rope_freqs.weight", (width // 2,), (), wide=True, values=tuple(factors))
 
 
-_OF_LLAMA_4: Final = {
+_OF_LLAMA_4: Final[Mapping[str, tuple[object, ...]]] = {
     "attention_chunk_size": (8192,),
     "attn_scale": (0.1,),
     "attn_temperature_tuning": (True, 4),
@@ -301,13 +287,7 @@ _OF_LLAMA_4: Final = {
 def _llama4_check(architecture: Architecture) -> None:
     """Refuse other chunks and temperatures; and norms of queries and keys, which llama.cpp tells by 128 experts."""
     config, layers = architecture.config, range(architecture.layout.num_layers)
-    wanted: dict[str, tuple[object, ...]] = {
-        **SILU,
-        **UNBIASED,
-        "attention_chunk_size": (8192,),
-        "floor_scale": (8192,),
-    }
-    refuse_values(architecture, {**wanted, "attn_scale": (0.1,), "attn_temperature_tuning": (True, 4)})
+    refuse_values(architecture, {**SILU, **UNBIASED, **_OF_LLAMA_4})
     if config.get("use_qk_norm", True) == (architecture.layout.num_experts == UNNORMED_EXPERTS):
         raise SchemeError(
             f"config.json: use_qk_norm is {config.get('use_qk_norm', True)} and there are"
@@ -332,9 +312,7 @@ def _llama4_check(architecture: Architecture) -> None:
 _LLAMA4: Final = Kind(
     name="llama4",
     maps=("LLAMA4",),
-    experts=tuple(
-        (f"blk.{{l}}.ffn_{name}_exps", held) for name, held in (("down", (2,)), ("gate", (0,)), ("up", (1,)))
-    ),
+    experts=stacks("blk.{l}.ffn_{}_exps", down=2, gate=0, up=1),
     made=_llama4_made,
     scattered=True,
     keys=_llama4_keys,
@@ -355,9 +333,7 @@ def _laguna_keys(architecture: Architecture, recorder: Recorder) -> None:
         _add_windows(architecture, recorder)
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
     writer.add_expert_shared_feed_forward_length(size("shared_expert_intermediate_size"))
-    writer.add_expert_weights_norm(True)
-    writer.add_expert_weights_scale(float(multiplier(config, "moe_routed_scaling_factor")))
-    add_gating(writer, "SIGMOID")
+    add_normalized_sigmoid(writer, config, "moe_routed_scaling_factor")
     writer.add_leading_dense_block_count(architecture.leading_dense)
     rope = rope_of(config)
     for kind, ending in (("full", ""), ("sliding", "_swa")):
@@ -446,9 +422,9 @@ _COHERE2_MOE: Final = Kind(
 
 def _mimo_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Blocks of windows have keys of their own count, a base of their own, and a sink; MTP layers are left out."""
-    size, writer, config, family = architecture.size, recorder.writer, architecture.config, architecture.layout.family
-    windows = [family.holds("sliding", config, layer) for layer in range(architecture.layout.num_layers)]
-    heads = [family.layer_symbols["KV"](config, layer) for layer in range(len(windows))]
+    size, writer, config = architecture.size, recorder.writer, architecture.config
+    windows, keys = architecture.which("sliding"), architecture.layout.family.layer_symbols["KV"]
+    heads = [keys(config, layer) for layer in range(len(windows))]
     rope = rope_of(config)
     full, epsilon = rope.get("full_attention", rope), config.get("rms_norm_eps", config.get("layernorm_epsilon", 1e-5))
     add_common(architecture, recorder, num_key_value_heads=heads, rms_norm_eps=epsilon, head_dim=None)

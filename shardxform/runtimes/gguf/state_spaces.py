@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from shardxform.errors import SchemeError
-from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part
+from shardxform.runtimes.gguf.architecture import Architecture, Kind, Part, stacks
 from shardxform.runtimes.gguf.common_keys import (
     CORRECTED,
     SILU,
@@ -34,10 +34,9 @@ from shardxform.runtimes.gguf.transforms import Transform
 __all__ = ["STATES"]
 
 
-def _which(architecture: Architecture, condition: str) -> list[bool]:
-    """Of which blocks a condition of the family holds."""
-    holds = architecture.layout.family.holds
-    return [holds(condition, architecture.config, layer) for layer in range(architecture.layout.num_layers)]
+def _heads_of_keys(architecture: Architecture, count: int) -> list[int]:
+    """`count` in blocks of attention, and none in others, by which llama.cpp tells them."""
+    return [count * each for each in architecture.which("attention")]
 
 
 def _refuse_clamped_steps(architecture: Architecture) -> None:
@@ -77,14 +76,13 @@ _UNROTATED_CONTEXT: Final = 1 << 20
 def _nemotron_keys(architecture: Architecture, recorder: Recorder) -> None:
     """A block has a state, attention or experts; by widths of 0 llama.cpp tells which."""
     size, writer, config = architecture.size, recorder.writer, architecture.config
-    attends, sparse = _which(architecture, "attention"), _which(architecture, "moe")
-    shared, width = size("num_key_value_heads"), size("moe_intermediate_size")
+    width = size("moe_intermediate_size")
     add_common(
         architecture,
         recorder,
         rotated=False,
-        num_key_value_heads=[shared * each for each in attends],
-        intermediate_size=[width * each for each in sparse],
+        num_key_value_heads=_heads_of_keys(architecture, size("num_key_value_heads")),
+        intermediate_size=[width * each for each in architecture.which("moe")],
         rms_norm_eps=needed(config, "layer_norm_epsilon"),
         max_position_embeddings=_UNROTATED_CONTEXT,
     )
@@ -124,7 +122,7 @@ def _nemotron_check(architecture: Architecture) -> None:
             f"config.json: time_step_min is {architecture.config['time_step_min']!r}, which llama.cpp has no key for:"
             f" expected at most {_SMALL_STEP}"
         )
-    if any(_which(architecture, "mlp")):
+    if any(architecture.which("mlp")):
         raise SchemeError(
             "config.json: some layers are dense MLPs; llama.cpp's nemotron_h_moe has experts in all that are"
         )
@@ -160,7 +158,7 @@ _NEMOTRON_H: Final = Kind(
     maps=("NEMOTRON_H_MOE",),
     decoder="backbone.",
     spelled={**CORRECTED, "mixer.dt_bias": "mixer.dt.bias"},
-    experts=(("model.layers.{l}.mlp.experts.down_proj", (1,)), ("model.layers.{l}.mlp.experts.up_proj", (0,))),
+    experts=stacks("model.layers.{l}.mlp.experts.{}_proj", down=1, up=0),
     parts=_nemotron_parts,
     notes=_nemotron_notes,
     scattered=True,
@@ -178,7 +176,7 @@ def _granite_hybrid_keys(architecture: Architecture, recorder: Recorder) -> None
     rotated = config.get("position_embedding_type") == "rope"
     over = {} if rotated else {"max_position_embeddings": _UNROTATED_CONTEXT}
     shared = config.get("num_key_value_heads") or size("num_attention_heads")
-    heads = [shared * each for each in _which(architecture, "attention")]
+    heads = _heads_of_keys(architecture, shared)
     granite_keys(architecture, recorder, rotated=rotated, num_key_value_heads=heads, **over)
     writer.add_ssm_conv_kernel(size("mamba_d_conv"))
     writer.add_ssm_state_size(size("mamba_d_state"))
@@ -194,7 +192,7 @@ def _granite_hybrid_check(architecture: Architecture) -> None:
     wanted = {"mamba_expand": (2,), "mamba_conv_bias": (True,), "mamba_proj_bias": (False, None)}
     refuse_values(architecture, {**wanted, "position_embedding_type": ("nope", None, "rope")})
     _refuse_clamped_steps(architecture)
-    if not any(_which(architecture, "mamba")):
+    if not any(architecture.which("mamba")):
         raise SchemeError("config.json: no layer has a state; llama.cpp's granitehybrid has some that do")
 
 
@@ -222,7 +220,7 @@ _GRANITE_HYBRID: Final = replace(
 def _lfm2_keys(architecture: Architecture, recorder: Recorder) -> None:
     """A block without heads of keys is a short convolution."""
     size, writer = architecture.size, recorder.writer
-    heads = [size("num_key_value_heads") * each for each in _which(architecture, "attention")]
+    heads = _heads_of_keys(architecture, size("num_key_value_heads"))
     epsilon = needed(architecture.config, "norm_eps")
     add_common(architecture, recorder, num_key_value_heads=heads, rms_norm_eps=epsilon)
     writer.add_expert_feed_forward_length(size("moe_intermediate_size"))
@@ -255,14 +253,12 @@ _LFM2: Final = Kind(
 def _jamba_keys(architecture: Architecture, recorder: Recorder) -> None:
     """Nothing is rotated: blocks of states tell positions apart."""
     size, writer = architecture.size, recorder.writer
-    heads = [size("num_key_value_heads") * each for each in _which(architecture, "attention")]
+    heads = _heads_of_keys(architecture, size("num_key_value_heads"))
     add_common(architecture, recorder, rotated=False, num_key_value_heads=heads)
     writer.add_ssm_conv_kernel(size("mamba_d_conv"))
     writer.add_ssm_inner_size(2 * size("hidden_size"))
     writer.add_ssm_state_size(size("mamba_d_state"))
-    rank = architecture.layout.family.symbols["R"]
-    assert callable(rank)
-    writer.add_ssm_time_step_rank(rank(architecture.config))
+    writer.add_ssm_time_step_rank(architecture.sized("R"))
 
 
 def _jamba_check(architecture: Architecture) -> None:
