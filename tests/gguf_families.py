@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_configs import SMALL_OMNI
 
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.formats.encoding import Opener
+from shardxform.model.expected import expected
+from shardxform.model.layout import layout_of
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes.gguf.architecture import Architecture, Named
 from shardxform.runtimes.gguf.architectures import architecture_of
@@ -144,6 +147,12 @@ OVER: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {**LINEAR, "rope_parameters": {**ROTATED, "mrope_section": [1, 1, 0]}},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": LINEAR,
+    "qwen3_omni_moe": {
+        "class_name": "Qwen3OmniMoeForConditionalGeneration",
+        "around": SMALL_OMNI,
+        "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
     "qwen3_vl_moe": {
         "moe_intermediate_size": 96,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
@@ -204,6 +213,7 @@ MADE = {
     "qwen3_5_moe": ("f6a29943fac9bfec", "f90fcf1147f1f085"),
     "qwen3_moe": ("46b74c2fa155dbae", "d6c6767194869f46"),
     "qwen3_next": ("880384147fef47db", "e54a56850c1dff88"),
+    "qwen3_omni_moe": ("4dbcc98622b56399", "84a4dba504b8c161"),
     "qwen3_vl_moe": ("441283d401b9303f", "4641fe840f7116fc"),
     "solar_open": ("cc7bc04cf5ecb1d6", "b736a27b8082e64f"),
 }
@@ -263,6 +273,24 @@ def checkpoint(family: str, folder: Path, **over: Any) -> Path:
     (root / "config.json").write_text(json.dumps(config))
     (root / "generation_config.json").write_text('{"temperature": 0.7, "top_k": 20, "top_p": 0.8}')
     return root
+
+
+def with_mtp(root: Path) -> Path:
+    """The same checkpoint with one more layer, which predicts further tokens, of random values."""
+    import any_moe
+    import torch
+    from build import raw, read_checkpoint, write_checkpoint
+
+    config, tensors, random = json.loads((root / "config.json").read_text()), read_checkpoint(root), torch.Generator()
+    mtp = layout_of(config, tensors).family.mtp
+    assert mtp is not None
+    any_moe.text_of(config)[mtp.count_key] = 1
+    for name, item in expected(layout_of(config, tensors), {("mtp", 0): "per-expert"}):
+        if item.place.scope == "mtp" and name not in tensors and item.shape and not item.optional:
+            values = torch.randn(item.shape, generator=random.manual_seed(len(tensors))) * 0.1
+            tensors[name] = raw((values + ("norm" in name)).bfloat16())
+    kept = {each.name: each.read_bytes() for each in root.glob("*tok*.json")}
+    return write_checkpoint(root.with_name("mtp"), tensors, config, files=kept)
 
 
 def with_more(tokenizer: dict[str, Any]) -> dict[str, Any]:

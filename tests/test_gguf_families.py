@@ -25,6 +25,7 @@ from gguf_families import (
     keys_of,
     values_of,
     viewed,
+    with_mtp,
 )
 from ggufs import read_gguf
 from llama import Llama
@@ -80,7 +81,8 @@ def logits_of(family: str, root: Path) -> Any:
     torch = pytest.importorskip("torch")
     import any_moe
 
-    model, _ = any_moe.load(root, torch.float32)
+    model, _ = any_moe.load(root, torch.float32, OVER[family].get("class_name", ""))
+    model = any_moe.of_text(model)
     if family == "gemma4_text":
         look_gelu_up(torch, model)
     with torch.no_grad():
@@ -138,6 +140,24 @@ def test_a_config_that_is_changed_is_run_as_it_is_meant_or_refused(family: str, 
         assert "config.json" in str(e) or "llama.cpp" in str(e)  # noqa: PT017
     else:
         assert found <= (1e-7 if family == "gemma4_text" else 1e-8)
+
+
+PREDICTING = (
+    *("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "deepseek_v32", "qwen3_5_moe", "qwen3_next"),
+    *("deepseek_v3", "ernie4_5_moe", "exaone_moe", "glm4v_moe", "hy_v3", "mimo_v2_flash", "nemotron_h"),
+)
+"""Families whose releases have layers that predict further tokens: blocks of the first six, left out of the others."""
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("family", PREDICTING if ALL else PREDICTING[:1])
+def test_layers_that_predict_further_tokens_leave_the_others_as_they_are(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    root = with_mtp(checkpoint(family, tmp_path))
+    view, architecture = viewed(root)
+    written = [each.name for each in architecture.tensors(view.checkpoint.tensors) if ".nextn." in each.name]
+    assert bool(written) == (architecture.nextn == 1) == (family in PREDICTING[:6])
+    assert divergence(logits_of(family, root), root) <= 2e-10
 
 
 TOLD: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (

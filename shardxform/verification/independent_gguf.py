@@ -223,7 +223,7 @@ _OWN: Final = {
 _LAYER: Final = re.compile(r"(?:model|backbone)\.layers\.(\d+)\.")
 _NO_WEIGHTS: Final = (
     *("mm_projector.", "model.embed_vision.", "model.vision_tower.", "model.visual.", "multi_modal_projector."),
-    *("vision_model.", "vision_tower."),
+    *("audio_tower.", "code2wav.", "talker.", "vision_model.", "vision_tower.", "visual."),
 )
 _MADE: Final = ("rope_freqs.weight",)  # of nothing that is stored
 _FAR: Final = {"Q4_0": 0.16, "Q4_1": 0.14, "Q5_0": 0.08, "Q5_1": 0.07, "Q8_0": 0.02, "Q4_K": 0.14, "Q5_K": 0.07}
@@ -289,7 +289,7 @@ class _File:
         """A name as releases of the text model have it; nothing for what a file has no place for."""
         for before, after in (("model.language_model.", "model."), ("language_model.model.", "model.")):
             name = f"{after}{name.removeprefix(before)}" if name.startswith(before) else name
-        name = name.removeprefix("language_model.")
+        name = name.removeprefix("language_model.").removeprefix("thinker.")
         if name.startswith(_NO_WEIGHTS) or name.endswith("inv_freq"):
             return ""
         if name.startswith("mtp.") and not self.counts("nextn_predict_layers"):

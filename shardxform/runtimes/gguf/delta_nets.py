@@ -18,6 +18,7 @@ from shardxform.runtimes.gguf.common_keys import (
     add_sections,
     multiplier,
     refuse_large_epsilon,
+    refuse_one_kind,
     refuse_values,
     rotated_channels,
     shared_experts,
@@ -178,6 +179,7 @@ def _kimi_keys(architecture: Architecture, recorder: Recorder) -> None:
 def _kimi_check(architecture: Architecture) -> None:
     wanted: dict[str, tuple[object, ...]] = {"moe_renormalize": (True,), "moe_router_activation_func": ("sigmoid",)}
     wanted |= {"mla_use_nope": (True,), "num_expert_group": (1, None)}
+    wanted |= {"norm_topk_prob": (True, None), "n_group": (1, None)}  # as transformers calls them too
     refuse_values(architecture, {**SILU, **UNBIASED, **UNTIED, **wanted})
     refuse_large_epsilon(architecture)
     heads = architecture.sized("LQ")
@@ -186,8 +188,7 @@ def _kimi_check(architecture: Architecture) -> None:
             f"config.json: delta attention has {heads} heads and num_attention_heads is"
             f" {architecture.size('num_attention_heads')}; llama.cpp runs one number"
         )
-    if len(set(architecture.which("latent"))) == 1:
-        raise SchemeError("config.json: layers are all of one kind; llama.cpp's kimi-linear runs models that have both")
+    refuse_one_kind(architecture, "latent")
 
 
 def _kimi_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:

@@ -183,6 +183,8 @@ def _qwen3_vl_moe_check(architecture: Architecture) -> None:
 
 _QWEN3_VL_MOE: Final = Kind(name="qwen3vlmoe", maps=("QWEN3VLMOE",), keys=_qwen3_vl_moe_keys, check=_qwen3_vl_moe_check)
 
+_QWEN3_OMNI_MOE: Final = replace(_QWEN3_VL_MOE, specials={"bos": "<|im_end|>", "eos": "<|im_end|>"})
+
 
 # -- Qwen2-MoE, OLMoE --------------------------------------------------------------------------------------------------
 
@@ -411,6 +413,7 @@ PLAIN: Final[Mapping[str, Kind]] = {
     "olmoe": _OLMOE,
     "qwen2_moe": _QWEN2_MOE,
     "qwen3_moe": _QWEN3_MOE,
+    "qwen3_omni_moe": _QWEN3_OMNI_MOE,
     "qwen3_vl_moe": _QWEN3_VL_MOE,
     "solar_open": _SOLAR_OPEN,
 }

@@ -76,6 +76,7 @@ _MODEL_TYPES: Final[Mapping[str, tuple[str, ...]]] = {
     "nemotron_h_moe": ("nemotron_h",),
     "lfm2moe": ("lfm2_moe",),
     "mimo2": ("mimo_v2_flash",),
+    "qwen3vlmoe": ("qwen3_omni_moe",),
 }
 """Model types of architectures that llama.cpp calls by another word altogether."""
 
