@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from build import Raw, raw, read_checkpoint, tiny, write_checkpoint
-from faults import Failing
+from faults import Failing, overheard
 from strategies import picked
 from test_prune import manifest_of
 from test_run import SMALL, interrupted, looks_complete, plan_of, tree
@@ -30,6 +30,7 @@ from test_run import small_steps as small_steps
 from test_run import source as source
 
 from shardxform import RunOptions, run
+from shardxform.__main__ import entry
 from shardxform.base.file_system import FileSystem
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import OutputError, PlanError, ResumeError, ShardxformError
@@ -429,6 +430,20 @@ def prune(source: Path, keep: Path) -> Prune:
     return call
 
 
+@pytest.fixture
+def prune_here(source: Path, keep: Path, tmp_path_factory: pytest.TempPathFactory) -> Prune:
+    """The same in a fork of this process, with its small steps: for what is refused before any of them."""
+
+    def call(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        def child() -> None:
+            sys.argv = ["shardxform", "prune", str(source), str(out), "-m", str(keep), *arguments]
+            entry()
+
+        return subprocess.CompletedProcess(arguments, *overheard(child, tmp_path_factory.mktemp("told")))
+
+    return call
+
+
 def is_refusal(done: subprocess.CompletedProcess[str], code: int = 1) -> bool:
     """One line of error after any notes, no traceback, nothing on stdout."""
     lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
@@ -437,21 +452,21 @@ def is_refusal(done: subprocess.CompletedProcess[str], code: int = 1) -> bool:
 
 
 @pytest.mark.parametrize("size", ["0", "-5", "1e30GB", "5 XB", "", "9" * 400 + "GB", "9" * 5000])
-def test_sizes_that_are_none_are_usage_errors(size: str, prune: Prune, tmp_path: Path) -> None:
-    done = prune(tmp_path / "out", "--max-shard-size", size)
+def test_sizes_that_are_none_are_usage_errors(size: str, prune_here: Prune, tmp_path: Path) -> None:
+    done = prune_here(tmp_path / "out", "--max-shard-size", size)
     assert is_refusal(done, code=2), done.stderr[-300:]
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "name too long", "loop", "dangling", "..", "source"])
 def test_places_where_no_output_can_be_are_refused_in_one_line(
-    place: str, prune: Prune, source: Path, tmp_path: Path
+    place: str, prune_here: Prune, source: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at" / "all")
     out = {"name too long": tmp_path / ("a" * 300), "..": source / "..", "source": source}.get(place, tmp_path / place)
     before = tree(source)
-    done = prune(out)
+    done = prune_here(out)
     assert is_refusal(done), done.stderr[-300:]
     assert tree(source) == before
 

@@ -13,12 +13,15 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import pytest
+from faults import overheard
 
+from shardxform.__main__ import entry
 from shardxform.cli import main
 from shardxform.runtimes.gguf.architectures import KINDS
 
@@ -211,10 +214,17 @@ def test_the_container_copies_what_is_there_and_installs_extras_that_exist() -> 
 
 
 def complete(kind: str, **words: str) -> str:
-    environment = {**os.environ, "_SHARDXFORM_COMPLETE": kind, **words}
-    program = "from shardxform.__main__ import entry; entry()"
-    command = [sys.executable, "-c", f"import sys; sys.argv[0] = 'shardxform'; {program}"]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    """What the command says to a shell, in a forked child, which has imported it already."""
+
+    def child() -> None:
+        os.environ.update({"_SHARDXFORM_COMPLETE": kind, **words})
+        sys.argv = ["shardxform"]
+        entry()
+
+    with tempfile.TemporaryDirectory() as folder:
+        code, said, errors = overheard(child, Path(folder))
+    assert (code, errors) == (0, "")
+    return said
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -728,7 +728,7 @@ def test_an_expert_is_merged_into_its_copy_without_a_trace(
 FORMATS = [(kind, name) for kind in RUN for name in CASES[kind].formats]
 
 
-TUNED = picked(FORMATS, 4)
+TUNED = picked(FORMATS, 5)
 
 
 @pytest.mark.parametrize(("kind", "name"), TUNED, ids=["-".join(each) for each in TUNED])

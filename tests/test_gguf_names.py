@@ -246,6 +246,15 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "queries in two": ("DeepSeek-V2-Lite", {"num_hidden_layers": 28}, "q_lora_rank is None, of 28 layers"),
     "queries of an indexer": ("GLM-5", {"num_hidden_layers": 27, "q_lora_rank": None}, "q_lora_rank is None"),
     "long steps": ("Nemotron-3-Nano-30B-A3B", {"time_step_min": 0.01}, "time_step_min is 0.01"),
+    "long steps by another name": ("Nemotron-3-Nano-30B-A3B", {"mamba_dt_min": 0.5}, "time_step_min is 0.5"),
+    "scores as they are": ("Kimi-Linear-48B-A3B", {"norm_topk_prob": False}, "norm_topk_prob is False"),
+    "convolutions alone": (
+        "LFM2-8B-A1B",
+        {"layer_types": ["conv"] * 24},
+        "llama.cpp's lfm2moe runs models that have both",
+    ),
+    "attention alone": ("Qwen3-Next-80B-A3B", {"layer_types": ["full_attention"] * 48}, "all of one kind"),
+    "no window": ("MiMo-V2-Flash", {"hybrid_layer_pattern": [0] * 48}, "no layer attends to a window"),
     "no length": ("Jamba-1.5-Mini", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
     "shared ones unsaid": ("ERNIE-4.5-21B-A3B", {"moe_num_shared_experts": ...}, "moe_num_shared_experts is missing"),
 }

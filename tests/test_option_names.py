@@ -19,19 +19,34 @@ from structure import MODULES, tree_of
 
 from shardxform.cli.console import _OF_STAGES, _SHORT, option_of, with_options
 
-COMMANDS = ("compress", "quantize", "prune", "convert", "select", "evaluate", "card", "push", "verify")
+COMMANDS = ("compress", "quantize", "prune", "convert", "score", "select", "evaluate", "card", "push", "verify")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 OF_CARDS = "publish.card."  # text of an output: how it is made again, and served by other programs
 
 
-def test_every_option_of_the_table_exists() -> None:
-    there = {"--sort"}
+def options_of_commands() -> set[str]:
+    there = set()
     for name in COMMANDS:
         command = getattr(importlib.import_module(f"shardxform.cli.{name}"), f"{name}_command")
         assert isinstance(command, click.Command)
         there |= {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+    return there
+
+
+def test_every_option_of_the_table_exists() -> None:
+    there = {"--sort", *options_of_commands()}
     named = [*_SHORT.values(), *(text for stage in _OF_STAGES.values() for pair in stage.items() for text in pair)]
     assert {option for text in named for option in OPTION.findall(text)} <= there
+
+
+def test_every_field_of_a_message_that_has_an_options_name_becomes_it() -> None:
+    """Else a message says `width` where a person has to write --width."""
+    nodes = [node for each in MODULES if each.partition(".")[0] != "cli" for node in ast.walk(tree_of(each))]
+    described = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and id(node) not in described]
+    said = {field for text in texts if isinstance(text, str) for field in re.findall(r"`([a-z_]+)`", text)}
+    there = options_of_commands()
+    assert [each for each in sorted(said) if f"--{each.replace('_', '-')}" in there and option_of(each) == each] == []
 
 
 def test_the_library_speaks_of_no_option() -> None:

@@ -364,10 +364,13 @@ def refuse_unpruned(view: View, heal: Heal) -> None:
         PlanError: says what to give.
 
     """
-    if not view.prunes:
-        raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give `manifest`")
     if heal.merge and view.layout.num_experts == view.source_layout.num_experts:
-        raise PlanError("`merge`: no expert is pruned, so there is nothing to merge; leave it out")
+        raise PlanError(
+            "`merge`: no expert is pruned, so there is nothing to merge; give a `manifest` that keeps fewer, or leave"
+            " it out"
+        )
+    if not view.prunes:
+        raise PlanError("`heal`: nothing is pruned, so there is nothing to heal; give a `manifest` that keeps less")
     found, blocks = len(heal.schedule), len(view.layout.moe_layers)
     if found not in (0, blocks):
         raise PlanError(f"`heal.iters`: expected one number, or one for each of {blocks} blocks, found {found}")

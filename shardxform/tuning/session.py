@@ -365,12 +365,8 @@ class _BlockRun:
         layer = self._step.layer
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        if not self._chains.stored:
-            self._chains.advance(layer, self._stopped)
-            with self._tuner._original.block(layer) as block:
-                self._forward(block, ORIGINAL)
         heals = self._step.recipe.heal is not None and layer in self._tuner.healed
-        merged = self._merge() if heals and self._step.keep else None
+        merged = self._begin(merges=heals and bool(self._step.keep))
         names = self._local_names()
         at_rest, workers = () if heals else names, self._tuner._workers
         with (
@@ -390,6 +386,18 @@ class _BlockRun:
         if self._schedule:
             self._schedule.finish(layer, seconds - rounding)
         return self._facts(seconds)
+
+    def _begin(self, *, merges: bool) -> MergedExperts | None:
+        """Have the states around the original block on disk; merge its experts while it is loaded, if at all."""
+        layer, merged = self._step.layer, None
+        if not self._chains.stored:
+            self._chains.advance(layer, self._stopped)
+        if merges or not self._chains.stored:
+            with self._tuner._original.block(layer) as block:
+                if not self._chains.stored:
+                    self._forward(block, ORIGINAL)
+                merged = self._merge(block) if merges else None
+        return merged
 
     def _forward(self, block: Block, chain: str) -> None:
         """Run the block over all windows of a chain."""
@@ -422,8 +430,11 @@ class _BlockRun:
         """Count tokens of healing, as those of the steps that the plan takes there to be."""
         self._on_work(round(tokens * self._counted))
 
-    def _merge(self) -> MergedExperts:
-        """Merge pruned experts into those that stay, by what enters the block where those before it are done."""
+    def _merge(self, block: Block) -> MergedExperts:
+        """Merge pruned experts into those that stay, by what enters the block where those before it are done.
+
+        Lets go of the experts of `block`, the original's: they are read one at a time.
+        """
         from shardxform.tuning.merging import Merger, Running  # SciPy, which nothing else needs
 
         tuner, layer, keep = self._tuner, self._step.layer, self._step.keep
@@ -437,7 +448,7 @@ class _BlockRun:
         at_once = self._step.size.merged_at_once
         running = Running(workers=tuner._workers, at_once=at_once, on_work=on_work, stopped=self._stopped)
         merger = Merger(tuner._original, self._skeleton, layer, keep, running)
-        with self._chains.samples(layer) as samples, tuner._original.block(layer) as block:
+        with self._chains.samples(layer) as samples:
             learned_N = choose_judges(samples, self._step.recipe.seed).learned_N
             entering = (rows_as_float(samples.hidden_NTH, learned_N[at : at + 1]) for at in range(len(learned_N)))
             dtype = tuner._precision.dtype

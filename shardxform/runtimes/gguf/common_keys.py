@@ -25,6 +25,7 @@ __all__ = [
     "multiplier",
     "needed",
     "refuse_large_epsilon",
+    "refuse_one_kind",
     "refuse_other_heads",
     "refuse_scaled_rotation",
     "refuse_shared_keys",
@@ -260,6 +261,19 @@ def refuse_shared_keys(architecture: Architecture) -> None:
         raise SchemeError(
             f"config.json: num_key_value_heads is {shared!r} and num_attention_heads {heads}; llama.cpp's"
             f" {architecture.name} has one for each"
+        )
+
+
+def refuse_one_kind(architecture: Architecture, condition: str) -> None:
+    """Refuse models all of whose blocks attend, or none, of which llama.cpp makes no cache.
+
+    Raises:
+        SchemeError: the family's `condition` holds of all of them, or of none.
+
+    """
+    if len(set(architecture.which(condition))) == 1:
+        raise SchemeError(
+            f"config.json: layers are all of one kind; llama.cpp's {architecture.name} runs models that have both"
         )
 
 

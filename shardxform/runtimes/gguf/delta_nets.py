@@ -18,6 +18,7 @@ from shardxform.runtimes.gguf.common_keys import (
     add_sections,
     multiplier,
     refuse_large_epsilon,
+    refuse_one_kind,
     refuse_values,
     rotated_channels,
     shared_experts,
@@ -66,6 +67,7 @@ def _delta_net_check(architecture: Architecture) -> None:
     wanted = {**SILU, **UNBIASED, "norm_topk_prob": (True,), "attn_output_gate": (True,)}
     refuse_values(architecture, wanted)
     refuse_large_epsilon(architecture)
+    refuse_one_kind(architecture, "linear attention")
     keys, values = (architecture.size(f"linear_{each}_head_dim") for each in ("key", "value"))
     if keys != values:
         raise SchemeError(
@@ -178,6 +180,7 @@ def _kimi_keys(architecture: Architecture, recorder: Recorder) -> None:
 def _kimi_check(architecture: Architecture) -> None:
     wanted: dict[str, tuple[object, ...]] = {"moe_renormalize": (True,), "moe_router_activation_func": ("sigmoid",)}
     wanted |= {"mla_use_nope": (True,), "num_expert_group": (1, None)}
+    wanted |= {"norm_topk_prob": (True, None), "n_group": (1, None)}  # as transformers calls them too
     refuse_values(architecture, {**SILU, **UNBIASED, **UNTIED, **wanted})
     refuse_large_epsilon(architecture)
     heads = architecture.sized("LQ")
@@ -186,8 +189,7 @@ def _kimi_check(architecture: Architecture) -> None:
             f"config.json: delta attention has {heads} heads and num_attention_heads is"
             f" {architecture.size('num_attention_heads')}; llama.cpp runs one number"
         )
-    if len(set(architecture.which("latent"))) == 1:
-        raise SchemeError("config.json: layers are all of one kind; llama.cpp's kimi-linear runs models that have both")
+    refuse_one_kind(architecture, "latent")
 
 
 def _kimi_parts(architecture: Architecture, name: str) -> tuple[Part, ...]:

@@ -16,6 +16,7 @@ from shardxform.runtimes.gguf.common_keys import (
     add_common,
     add_gating,
     needed,
+    refuse_one_kind,
     refuse_other_heads,
     refuse_values,
     sigmoid_weights,
@@ -119,8 +120,8 @@ def _nemotron_check(architecture: Architecture) -> None:
     _refuse_clamped_steps(architecture)
     if _smallest_step(architecture) > _SMALL_STEP:
         raise SchemeError(
-            f"config.json: time_step_min is {architecture.config['time_step_min']!r}, which llama.cpp has no key for:"
-            f" expected at most {_SMALL_STEP}"
+            f"config.json: time_step_min is {_smallest_step(architecture)}, which llama.cpp has no key for: expected at"
+            f" most {_SMALL_STEP}"
         )
     if any(architecture.which("mlp")):
         raise SchemeError(
@@ -133,7 +134,8 @@ _SMALL_STEP: Final = 0.001
 
 def _smallest_step(architecture: Architecture) -> float:
     """What transformers' class takes shorter steps for; the releases' own code has no such bound, nor llama.cpp."""
-    return float(architecture.config.get("time_step_min", _SMALL_STEP))
+    config = architecture.config
+    return float(config.get("mamba_dt_min", config.get("time_step_min", _SMALL_STEP)))
 
 
 def _nemotron_notes(architecture: Architecture) -> Iterator[str]:
@@ -234,6 +236,7 @@ def _lfm2_check(architecture: Architecture) -> None:
     wanted: dict[str, tuple[Any, ...]] = {"conv_bias": (False, None), "norm_topk_prob": (True,)}
     wanted |= {"routed_scaling_factor": (1.0, 1), "use_expert_bias": (True,)}
     refuse_values(architecture, wanted)
+    refuse_one_kind(architecture, "attention")
 
 
 _LFM2: Final = Kind(
