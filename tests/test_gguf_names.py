@@ -253,6 +253,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": ["conv"] * 24},
         "llama.cpp's lfm2moe runs models that have both",
     ),
+    "attention alone": ("Qwen3-Next-80B-A3B", {"layer_types": ["full_attention"] * 48}, "all of one kind"),
+    "no window": ("MiMo-V2-Flash", {"hybrid_layer_pattern": [0] * 48}, "no layer attends to a window"),
     "no length": ("Jamba-1.5-Mini", {"max_position_embeddings": None}, "max_position_embeddings is missing"),
     "shared ones unsaid": ("ERNIE-4.5-21B-A3B", {"moe_num_shared_experts": ...}, "moe_num_shared_experts is missing"),
 }

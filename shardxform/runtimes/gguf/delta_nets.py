@@ -67,6 +67,7 @@ def _delta_net_check(architecture: Architecture) -> None:
     wanted = {**SILU, **UNBIASED, "norm_topk_prob": (True,), "attn_output_gate": (True,)}
     refuse_values(architecture, wanted)
     refuse_large_epsilon(architecture)
+    refuse_one_kind(architecture, "linear attention")
     keys, values = (architecture.size(f"linear_{each}_head_dim") for each in ("key", "value"))
     if keys != values:
         raise SchemeError(

@@ -454,6 +454,8 @@ def _mimo_check(architecture: Architecture) -> None:
     wanted |= {"routed_scaling_factor": (1.0, 1, None), "n_shared_experts": (None, 0)}
     wanted |= {"add_swa_attention_sink_bias": (True,), "add_full_attention_sink_bias": (False,)}
     refuse_values(architecture, {**SILU, **UNBIASED, **UNTIED, **wanted})
+    if not any(architecture.which("sliding")):
+        raise SchemeError("config.json: no layer attends to a window; llama.cpp's mimo2 runs models where some do")
     for key, other in (("swa_head_dim", "head_dim"), ("swa_v_head_dim", "v_head_dim")):
         if config.get(key) not in (None, config.get(other)):
             raise SchemeError(
