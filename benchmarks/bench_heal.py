@@ -1,7 +1,7 @@
 """What healing gives and what it costs: divergence from the unpruned model, seconds of CPU time, and memory.
 
     python benchmarks/bench_heal.py SUITE [--only WORDS] [--seeds 1] [--threads 1] [--json]
-    python benchmarks/bench_heal.py steps [--models DIR]
+    python benchmarks/bench_heal.py steps [--models DIR] [--iters 32] [--batch 4]
     python benchmarks/bench_heal.py shape --dir SCRATCH [--layers 1]
 
 Suites on examples/small-moe (16 -> 8 experts by REAP sum, scored and healed on 64 x 512 tokens of its calibration text,
@@ -190,12 +190,13 @@ def cases_data() -> Iterator[Case]:
             yield Case(name=f"{windows} windows, {name}", command=command, windows=windows)
 
 
-def cases_steps(models: Sequence[Path] = ()) -> Iterator[Case]:
-    """First steps: given ones, and the one that healing chooses; 32 steps of 4 windows."""
+def cases_steps(models: Sequence[Path] = (), iters: int = 32, batch: int = 4) -> Iterator[Case]:
+    """First steps: given ones, and the one that healing chooses."""
     for model in (SMALL_MOE, *models):
         for windows in (4, 16, 64):
             for rate in ("0.01", "0.02", "0.04", "0.08", "0.16", ""):
-                how = ("--heal-iters", "32", "--batch-size", "4", *(("--heal-lr", rate) if rate else ()))
+                size = ("--heal-iters", str(iters), "--batch-size", str(batch))
+                how = (*size, *(("--heal-lr", rate) if rate else ()))
                 name = f"{model.name}, {windows} windows, {rate or 'chosen'}"
                 yield Case(name=name, command=heal("all", *how), windows=windows, model=model, keep=half(model))
 
@@ -311,7 +312,8 @@ def line(row: dict[str, Any]) -> str:
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     """The cases of a suite that were asked for, each with every seed."""
-    found: Iterator[Case] = SUITES[args.suite]() if args.suite != "steps" else cases_steps(models_in(args.models))
+    steps = args.suite == "steps"
+    found = cases_steps(models_in(args.models), args.iters, args.batch) if steps else SUITES[args.suite]()
     for case in found:
         if all(word in re.split("[ ,]+", case.name) for word in args.only):
             yield from (replace(case, seed=SEED + more) for more in range(args.seeds))
@@ -344,6 +346,8 @@ def main() -> None:
         "--what", nargs="+", default=["moe", "all"], help="of `shape`; merge: --merge alone (default moe all)"
     )
     parser.add_argument("--models", type=Path, help="of `steps`: a folder of checkpoints, as small_moes.py makes them")
+    parser.add_argument("--iters", type=int, default=32, help="of `steps` (default 32)")
+    parser.add_argument("--batch", type=int, default=4, help="windows of a step, of `steps` (default 4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
