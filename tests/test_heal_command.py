@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from build import Raw, forget_digests, read_checkpoint, shard_bytes, tiny, write_checkpoint
 from click.testing import CliRunner, Result
-from faults import kill_when_there, killed_after
+from faults import killed_after
 from smaller import BLOCKS, ROUTED, smaller
 from strategies import by_night, picked
 from test_calibration import byte_tokenizer
@@ -455,13 +455,13 @@ def test_interrupted_while_healing_it_goes_on_to_the_same_bytes(
 @pytest.mark.crash
 @pytest.mark.slow
 def test_killed_inside_and_between_blocks_the_bytes_are_the_same(healed: Path, keep: str, tmp_path: Path) -> None:
+    from shardxform.execution.journal import Journal
     from shardxform.forward.work import HiddenFile
     from shardxform.tuning import heal
 
     out = tmp_path / "out"
     command = ["prune", str(SMALL_MOE), str(out), "-m", keep, "-q", *HEAL]
-    states = out / ".shardxform" / "states-*"
-    assert kill_when_there(lambda: main(command), states / "tuned-0001.hidden")  # between blocks
+    assert killed_after(Journal, "record", 1, lambda: main(command))  # between blocks
     for owner, name, number in ((HiddenFile, "remove", 1), (heal, "descend", 2)):  # and then inside one
         assert not (out / "config.json").exists()
         assert killed_after(owner, name, number, lambda: main(command))

@@ -248,7 +248,7 @@ def test_killed_while_it_merges_the_bytes_are_the_same(keep: str, merged: Path, 
     out = tmp_path / "out"
     command = ["prune", str(SMALL_MOE), str(out), "-m", keep, "-q", *MERGE]
     states = out / ".shardxform" / "states-*"
-    assert kill_when_there(lambda: main(command), states / "mergeddown-0001.hidden")
+    assert kill_when_there(lambda: main(command), states / "mergeddown-0000.hidden")
     assert not (out / "config.json").exists()
     call(*command)
     assert bytes_of(out) == bytes_of(merged)

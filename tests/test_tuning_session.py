@@ -215,7 +215,7 @@ def test_killed_inside_and_between_blocks_the_bytes_are_the_same(small_moe: Path
     begun = out / ".shardxform" / "states-*" / "original-0000.hidden"
     assert kill_when_there(lambda: main(arguments(small_moe, out)), begun)
     assert not (out / "config.json").exists()
-    for owner, name, number in ((HiddenWriter, "put", 3), (Journal, "record", 2), (HiddenFile, "remove", 2)):
+    for owner, name, number in ((HiddenWriter, "put", 3), (Journal, "record", 1), (HiddenFile, "remove", 1)):
         assert killed_after(owner, name, number, lambda: main(arguments(small_moe, out)))
         assert not (out / "config.json").exists()
     tune(small_moe, out)
