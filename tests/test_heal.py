@@ -288,7 +288,7 @@ def test_trials_choose_and_the_best_is_done_in_full() -> None:
     tokens = (WINDOWS - len(JUDGES)) * LENGTH
     sizes = {what: sum(v.numel() for n, v in bench.start.items() if MOVED[what](n)) for what in HEALED}
     assert [each[:2] for each in result.tried] == [
-        (what, suggested_lr(tokens, sizes[what])) for what in ("all", "shared")
+        (what, suggested_lr(tokens, sizes[what], 1.0, 24)) for what in ("all", "shared")
     ]
     best = min(result.tried, key=lambda tried: tried[2])
     assert (result.what, result.lr) in (best[:2], (best[0], best[1] / 4))  # a quarter, where the whole is no better
@@ -455,11 +455,12 @@ def test_bfloat16_products_heal_too() -> None:
 
 
 def test_the_first_step_grows_with_the_data_for_each_weight() -> None:
-    assert suggested_lr(4000, 100_000) == pytest.approx(0.112)
-    assert suggested_lr(4000, 100_000, 1 / 4) == suggested_lr(1000, 100_000) == pytest.approx(0.056)
-    assert suggested_lr(10**9, 1000) == pytest.approx(0.16)
-    assert suggested_lr(1, 10**12) == pytest.approx(0.001)
-    found = [suggested_lr(tokens, 10**6) for tokens in (1, 10, 100, 1000, 10_000, 100_000)]
+    assert suggested_lr(1000, 100_000, 1.0, 64) == pytest.approx(0.04)
+    assert suggested_lr(4000, 100_000, 1 / 4, 64) == suggested_lr(1000, 100_000, 1.0, 64)
+    assert suggested_lr(1000, 100_000, 1.0, 256) == pytest.approx(0.02)
+    assert suggested_lr(10**9, 1000, 1.0, 100) == pytest.approx(0.16)
+    assert suggested_lr(1, 10**12, 1.0, 100) == pytest.approx(0.001)
+    found = [suggested_lr(tokens, 10**6, 1.0, 100) for tokens in (1, 10, 100, 1000, 10_000, 100_000)]
     assert found == sorted(found)
 
 

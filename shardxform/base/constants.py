@@ -49,11 +49,11 @@ REPLACED: Final = 0.5
 PROBE: Final = 8
 """A trial of healing has one in so many of the steps."""
 
-STEP: Final = 0.56
+STEP: Final = 3.2
 SMALLEST_STEP: Final = 1e-3
 LARGEST_STEP: Final = 0.16
 """The first step of healing is so much times the square root of the tokens that come to an expert, on the mean, for
-each weight of the block; between the smallest and the largest."""
+each weight of the block and each step; between the smallest and the largest."""
 
 SHORTER: Final = 4
 """A block that a step which was not given leaves no better is healed once more with one of so many parts of it."""

@@ -468,7 +468,7 @@ class _Run:
         start = self._start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        lr = part * (trial.lr or suggested_lr(tokens, healing.weights, healing.reach))
+        lr = part * (trial.lr or suggested_lr(tokens, healing.weights, healing.reach, self._heal.iters))
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:
@@ -486,7 +486,7 @@ class _Run:
         return judge(healing.forward, self._samples, self._split.judges_N, self._heal.batch_size, self._dtype)
 
 
-def suggested_lr(tokens: int, weights: int, reach: float = 1.0) -> float:
+def suggested_lr(tokens: int, weights: int, reach: float, steps: int) -> float:
     """The first step size unless one is given: the less a weight has to learn from, the less it should move.
 
     Fitted on the models of docs/healing.md, "The first step".
@@ -495,6 +495,7 @@ def suggested_lr(tokens: int, weights: int, reach: float = 1.0) -> float:
         tokens: that teach.
         weights: that move.
         reach: as of `MovingBlock`.
+        steps: in full, of a trial too.
 
     """
-    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens * reach / weights)))
+    return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens * reach / (weights * steps))))
