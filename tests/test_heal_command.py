@@ -199,18 +199,18 @@ def test_what_is_chosen_differs_and_the_rest_of_a_block_is_as_pruned(plain: Path
     for layer, block in blocks_of(out).items():
         what, tried = block["healed"]["what"], block["healed"]["tried"]
         assert [trial["what"] for trial in tried] == ["all", "shared"]
+        suggested = {}
         for trial, reach in zip(tried, (1 / 2, 1), strict=True):  # a token comes to half of the experts
             weights = sum(
                 size for name, size in sizes.items() if f".layers.{layer}." in name and PARTS[trial["what"]](name)
             )
-            tokens = (SAMPLES - 1) * SEQLEN
-            assert trial["lr"] == pytest.approx(min(0.16, 3.2 * (tokens * reach / weights / 4) ** 0.5), rel=1e-6)
-        best = min(tried, key=lambda trial: trial["error"])
-        assert (what, block["healed"]["lr"]) in (
-            (best["what"], best["lr"]),
-            (best["what"], best["lr"] / 4),
-            (None, 0.0),
-        )
+            for_each = (SAMPLES - 1) * SEQLEN * reach / weights
+            assert trial["lr"] == pytest.approx(min(0.16, 3.2 * for_each**0.5), rel=1e-6)  # of its one step
+            suggested[trial["what"]] = min(0.16, 3.2 * (for_each / 4) ** 0.5)
+        best = min(tried, key=lambda trial: trial["error"])["what"]
+        assert what in (best, None)
+        steps = (suggested[best], suggested[best] / 4) if what else (0.0,)
+        assert any(block["healed"]["lr"] == pytest.approx(step, rel=1e-6) for step in steps)
         mine = {name for name in changed if f".layers.{layer}." in name}
         assert mine <= {name for name in mine if what and PARTS[what](name)}
         assert bool(mine) == (what is not None)

@@ -444,7 +444,7 @@ class _Run:
         chosen, parts = self._heal.trials[0], [1.0]
         if self._heal.descents:
             best = min(map(self._try, self._heal.trials), key=lambda tried: tried.loss)
-            chosen, parts = Trial(best.what, best.lr), parts if best.loss < best.start else []
+            chosen, parts = Trial(best.what, self._heal.lr), parts if best.loss < best.start else []
         for part in parts if self._heal.lr else [*parts, 1 / SHORTER]:
             done = self._descend(chosen, self._heal.iters, part)
             if done.better and done.loss:
@@ -468,7 +468,7 @@ class _Run:
         start = self._start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        lr = part * (trial.lr or suggested_lr(tokens, healing.weights, healing.reach, self._heal.iters))
+        lr = part * (trial.lr or suggested_lr(tokens, healing.weights, healing.reach, iters))
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:
@@ -495,7 +495,7 @@ def suggested_lr(tokens: int, weights: int, reach: float, steps: int) -> float:
         tokens: that teach.
         weights: that move.
         reach: as of `MovingBlock`.
-        steps: in full, of a trial too.
+        steps: that are taken.
 
     """
     return min(LARGEST_STEP, max(SMALLEST_STEP, STEP * math.sqrt(tokens * reach / (weights * steps))))
