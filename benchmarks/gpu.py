@@ -467,7 +467,7 @@ def predicted(found: Mapping[str, float]) -> dict[str, float]:
     passing = None if rate is None or sent is None else BLOCKS * (256 * 512 / rate + 1.7 / sent) / 3600
     if passing is not None:
         out["score 256 x 512 tokens"] = passing
-    steps, tuning, healing = Heal().steps, mean("tuning"), mean("healing")
+    steps, tuning, healing = Heal().iters, mean("tuning"), mean("healing")
     if healing is not None and passing is not None:
         out[f"heal: {steps} steps a block, and a pass of the original"] = BLOCKS * steps * healing / 3600 + passing
     if tuning is not None and passing is not None:

@@ -35,15 +35,8 @@ FIXED = Heal(what="all", lr=0.01, seconds=1000)
 
 
 def test_steps_fill_a_time_with_all_that_comes_beside_them() -> None:
-    assert steps_within(100.0, FIXED, PACE) == 48
-    assert steps_within(4.0, FIXED, PACE) == steps_within(-9.0, FIXED, PACE) == 1
-    tried = Heal(what="all", seconds=1000)
-    for seconds in (60.0, 200.0, 5000.0):
-        steps = steps_within(seconds, tried, PACE)
-        cost = [
-            Heal(what="all", iters=n).steps * 2.0 + (1 + tried.descents) * 4.0 for n in (steps, steps + 1 + steps // 50)
-        ]
-        assert cost[0] <= seconds < cost[1]
+    assert steps_within(100.0, PACE) == 48
+    assert steps_within(4.0, PACE) == steps_within(-9.0, PACE) == 1
 
 
 @pytest.mark.parametrize(

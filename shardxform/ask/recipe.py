@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal, get_args
 
-from shardxform.base.constants import HELD_OUT, JUDGES, PROBE
+from shardxform.base.constants import HELD_OUT, JUDGES, SHORTER
 from shardxform.errors import SchemeError
 from shardxform.model.families.base import Role
 
@@ -52,11 +52,12 @@ ROUTED: Final = "experts"
 class Trial:
     """One way to heal a block: what to change, and the first step size, relative to each weight's root mean square.
 
-    `lr` is None where the step size is that which the amount of data suggests.
+    `lr` is None where the step size is `part` of that which the amount of data suggests.
     """
 
     what: str
     lr: float | None = None
+    part: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class Heal:
     """Tuning the 16-bit weights of a pruned block until it resembles the block before pruning.
 
     Attributes:
-        what: which weights; `auto` has held-out windows choose, block by block.
+        what: which weights; `auto` all, or where these do held-out windows no good the shared ones, block by block.
         iters: steps a block; with `merge` there may be none.
         schedule: steps of each block that is healed, in their order, where they are not `iters` for all.
         seconds: time to spend on all of them, which then decides their steps; 0 for none.
@@ -116,24 +117,14 @@ class Heal:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """What may be healed, and how; where there is a choice, by a few steps of each."""
-        chosen = ("all", "shared") if self.what == "auto" else (self.what,)
-        return tuple(Trial(what, self.lr) for what in chosen)
+        """What is done, one after the other and each in full, until the held-out windows are better for it.
 
-    @property
-    def descents(self) -> int:
-        """Trials that are done, shortly, before the best is done in full; none where there is no choice."""
-        return len(self.trials) if self.iters and len(self.trials) > 1 else 0
-
-    @property
-    def probe_iters(self) -> int:
-        """Steps of a trial."""
-        return max(1, self.iters // PROBE)
-
-    @property
-    def steps(self) -> int:
-        """Steps of a block as a rule; `iters` is as good a guess as any where a schedule or a time decides."""
-        return self.iters + self.descents * self.probe_iters
+        A step that was not given and makes them no better is too large for so little text: many such steps learn it by
+        heart. So a part of it follows, and then fewer weights.
+        """
+        first, *fewer = ("all", "shared") if self.what == "auto" else (self.what,)
+        parts = (1.0,) if self.lr else (1.0, 1 / SHORTER)
+        return (*(Trial(first, self.lr, part) for part in parts), *(Trial(what, self.lr) for what in fewer))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +209,7 @@ class Recipe:
         """Tokens of a block that the steps of healing take."""
         if self.heal is None:
             return 0
-        return self.heal.steps * min(self.heal.batch_size, self.learned + self.extra) * self.seqlen
+        return self.heal.iters * min(self.heal.batch_size, self.learned + self.extra) * self.seqlen
 
     @property
     def batch_tokens(self) -> int:

@@ -46,9 +46,6 @@ PIECE: Final = (4, 16)
 REPLACED: Final = 0.5
 """Share of the tokens of such a window that are drawn from the whole vocabulary."""
 
-PROBE: Final = 8
-"""A trial of healing has one in so many of the steps."""
-
 STEP: Final = 3.2
 SMALLEST_STEP: Final = 1e-3
 LARGEST_STEP: Final = 0.16

@@ -2,7 +2,7 @@
 
 The rule is that of the rounding offsets: the sign of the gradient, applied in place as it arrives, and a step that
 falls to zero; for 16-bit weights the step is relative to the root mean square of their matrix. Held-out samples, never
-tuned on, choose among trials and decide whether the block is changed at all. Where the block comes from is for
+tuned on, decide whether the block is changed at all, or is healed in another way. Where the block comes from is for
 `healer` to say.
 """
 
@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal, Trial
-from shardxform.base.constants import LARGEST_STEP, PACE_STEPS, SHORTER, SMALLEST_STEP, STEP
+from shardxform.base.constants import LARGEST_STEP, PACE_STEPS, SMALLEST_STEP, STEP
 from shardxform.tuning.samples import (
     Forward,
     Judged,
@@ -284,7 +284,7 @@ class HealResult:
         judged: what the held-out samples were.
         ratio_error: standard error of loss / start_loss over them; NaN for a single one.
         what, lr: how it was healed; None and 0 when it stays as it was pruned.
-        tried: the trials, each with its step size and its loss; empty when there was one.
+        tried: all that was done, each with its step size and its loss; empty where that is one thing.
         diverged: whether the loss was no number at any time.
         merged_loss: the least of the block on the way to experts that pruned ones are merged into; None where none are.
         merged: how far on that way it began; 0 as it was pruned, 1 with these.
@@ -362,15 +362,6 @@ def pace_of_block(load: Load, samples: Samples, heal: Heal, seed: int, dtype: to
     )
 
 
-class _Tried(NamedTuple):
-    """A trial: what moved and by which first step; loss before and after, which is infinite where it was no number."""
-
-    what: str
-    lr: float
-    start: float
-    loss: float
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Descent:
     """What steps did: loss before and after, None where it was no number, the first step, and the block."""
@@ -403,7 +394,7 @@ class _Run:
         extra_N = np.arange(samples.count - samples.extra, samples.count)
         self._learned_N = np.concatenate([self._split.learned_N, extra_N])
         self._diverged = False
-        self._tried: list[_Tried] = []
+        self._tried: list[tuple[str, float, float]] = []
         self._start: Loss | None = None
 
     def execute(self) -> tuple[HealResult, MovingBlock]:
@@ -424,7 +415,9 @@ class _Run:
             ratio_error=0.0 if found is before else found.ratio_error(before),
             what=kept.what if kept else None,
             lr=kept.lr or 0.0 if kept else 0.0,
-            tried=tuple((each.what, each.lr, each.loss if math.isfinite(each.loss) else -1.0) for each in self._tried),
+            tried=tuple((what, lr, loss if math.isfinite(loss) else -1.0) for what, lr, loss in self._tried)
+            if len(self._tried) > 1
+            else (),
             diverged=self._diverged,
         )
         return result, healing
@@ -436,39 +429,26 @@ class _Run:
         return self._judge(healing)
 
     def _healed(self) -> tuple[Trial, Loss, MovingBlock] | None:
-        """How the block was healed, its loss and the block; None where no step makes it better.
-
-        A step that was not given and leaves it no better is too large for so little text: many such steps learn it by
-        heart. A part of it then has its chance.
-        """
-        chosen, parts = self._heal.trials[0], [1.0]
-        if self._heal.descents:
-            best = min(map(self._try, self._heal.trials), key=lambda tried: tried.loss)
-            chosen, parts = Trial(best.what, self._heal.lr), parts if best.loss < best.start else []
-        for part in parts if self._heal.lr else [*parts, 1 / SHORTER]:
-            done = self._descend(chosen, self._heal.iters, part)
+        """How the block was healed, its loss and the block; None where nothing makes it better."""
+        for trial in self._heal.trials:
+            done = self._descend(trial, self._heal.iters)
+            self._tried.append((trial.what, done.lr, done.mean))
             if done.better and done.loss:
-                return Trial(chosen.what, done.lr), done.loss, done.block
+                return Trial(trial.what, done.lr), done.loss, done.block
             del done  # lets go of the block before it is loaded again
         return None
-
-    def _try(self, trial: Trial) -> _Tried:
-        """Heal by a few steps, and note what came of it; the block is let go of: it is large."""
-        done = self._descend(trial, self._heal.probe_iters)
-        self._tried.append(_Tried(trial.what, done.lr, done.start.mean, done.mean))
-        return self._tried[-1]
 
     def descend(self, trial: Trial, iters: int) -> tuple[float, float]:
         """Loss before and after healing as a trial says, infinite where it was no number; nothing is kept."""
         done = self._descend(trial, iters)
         return done.start.mean, done.mean
 
-    def _descend(self, trial: Trial, iters: int, part: float = 1.0) -> _Descent:
+    def _descend(self, trial: Trial, iters: int) -> _Descent:
         healing = self._load(trial.what)
         start = self._start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        lr = part * (trial.lr or suggested_lr(tokens, healing.weights, healing.reach, iters))
+        lr = trial.lr or trial.part * suggested_lr(tokens, healing.weights, healing.reach, iters)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:

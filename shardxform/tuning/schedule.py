@@ -43,13 +43,9 @@ class BlockPace:
     descent_seconds: float
 
 
-def steps_within(seconds: float, heal: Heal, pace: BlockPace) -> int:
-    """Most steps that a block can be healed by in a time, its trials included; at least one."""
-    left = seconds - (1 + heal.descents) * pace.descent_seconds
-    guess = max(1, int(left / pace.step_seconds))
-    while guess > 1 and replace(heal, iters=guess).steps * pace.step_seconds > left:
-        guess -= max(1, guess // 100)
-    return guess
+def steps_within(seconds: float, pace: BlockPace) -> int:
+    """Most steps that a block can be healed by in a time, with what comes beside them; at least one."""
+    return max(1, int((seconds - pace.descent_seconds) / pace.step_seconds))
 
 
 class Schedule:
@@ -86,7 +82,7 @@ class Schedule:
             left = heal.seconds - sum(self._blocks.get(each, {}).get("seconds", 0.0) for each in self._layers[:at])
             falls = [self._blocks[each]["fall"] for each in self._layers[:at] if each in self._blocks]
             share = share_of(pace.fall, falls, len(self._layers) - at - 1)
-            steps = steps_within(left * share - elapsed(), heal, pace)
+            steps = steps_within(left * share - elapsed(), pace)
             self._blocks[layer] = {"fall": pace.fall, "steps": steps}
             self._write()
         return replace(heal, iters=self._blocks[layer]["steps"], seconds=0)

@@ -419,7 +419,7 @@ class _BlockRun:
             self._counted = 0.0
             self._schedule = Schedule(layers, self._chains.work, self._fs)
             decided = self._schedule.decide(layer, heal, self._taken, lambda: measure(heal))
-        self._heal_iters, self._counted = decided.iters, heal.steps / max(decided.steps, 1)  # merging takes no step
+        self._heal_iters, self._counted = decided.iters, heal.iters / max(decided.iters, 1)  # merging takes no step
         return decided
 
     def _taken(self) -> float:
