@@ -319,7 +319,7 @@ def heal_block(
     """Heal a block, unless nothing is better on the held-out samples than leaving it as it is loaded.
 
     Args:
-        load: makes the block ready; called for every trial.
+        load: makes the block ready; called for each thing that is done.
         samples: inputs in the pruned chain, targets of the block before pruning in the original chain.
         heal: what to do.
         seed: of the choice of held-out samples, and with the block's number of the order of the others.
