@@ -175,7 +175,7 @@ def test_a_checkpoint_against_itself_differs_nowhere(small_moe: Path, windows: W
     assert (found.kl, found.top1, found.block_errors) == (0, 1, (0,) * BLOCKS)
 
 
-@pytest.mark.parametrize("stop_at", picked([3, 1, 5], 3))
+@pytest.mark.parametrize("stop_at", picked([3, 1, 2], 3))
 def test_interrupted_it_goes_on_to_the_same_figures(
     small_moe: Path, windows: Windows, tmp_path: Path, stop_at: int
 ) -> None:
