@@ -219,6 +219,7 @@ def complete(kind: str, **words: str) -> str:
     def child() -> None:
         os.environ.update({"_SHARDXFORM_COMPLETE": kind, **words})
         sys.argv = ["shardxform"]
+        vars(sys.modules["__main__"]).update(__package__=None)  # else `python -m pytest` gives it its name
         entry()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ _KEEP: Final = (
     "<!-- `shardxform card --write` replaces this file; to keep changes of your own, remove the line above -->"
 )
 _HEALED: Final = {  # names of `recipe.HEALED`, and what they stand for
-    "auto": "the whole block or the shared experts and routers, whichever held-out windows chose",
+    "auto": "all of the block, or routers and shared experts where held-out windows were no better for that",
     "router": "routers",
     "shared": "routers, shared experts and the norms before them",
     "experts": "routed experts",
