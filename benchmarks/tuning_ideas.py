@@ -108,6 +108,8 @@ IDEAS: Final = {
     "scales first": Idea(scales_first=0.5),
     "search by energy, scales first": Idea(by_energy=True, scales_first=0.5),
     "clips at a quarter": Idea(clip_rate=0.25),
+    "clips at a tenth": Idea(clip_rate=0.1),
+    "clips fixed": Idea(clip_rate=0.0),
     "search by energy, clips at a quarter": Idea(by_energy=True, clip_rate=0.25),
     "as enable_alg_ext": Idea(by_energy=True, extension=True, clip=2.0),
     "as enable_alg_ext, largest errors left out": Idea(by_energy=True, extension=True, clip=2.0, left_out=0.001),

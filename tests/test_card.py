@@ -312,7 +312,7 @@ def test_a_tuned_output(tmp_path: Path) -> None:
     source, out = ROOT / "examples" / "small-moe", tmp_path / "out"
     text = few("calib.jsonl")
     options = ("--samples", 4, "--seqlen", 32, "--iters", 2, "--lr", 0.1, "--batch-size", 2, "--seed", 7)
-    options += ("--inputs", "fp")
+    options += ("--minmax-lr", 0.05, "--inputs", "fp")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -325,13 +325,26 @@ def test_a_tuned_output(tmp_path: Path) -> None:
     made = gather(out).quantization
     assert made is not None
     assert made.method == "auto-round"
-    recorded = json.loads((out / "shardxform.json").read_text())["facts"]["blocks"]
+    record = json.loads((out / "shardxform.json").read_text())
+    recorded = record["facts"]["blocks"]
     assert [(b.layer, b.rounded, b.tuned) for b in made.blocks] == [
         (b["layer"], b["rtn_error"], b["tuned_error"]) for b in sorted(recorded, key=lambda b: b["layer"])
     ]
     card_text = render(gather(out))
     assert "calibration text: `calib.jsonl`, 4 windows of 32 tokens" in card_text
     assert "steps per block: 2, each of 2 windows" in card_text
+
+    def scales(recipe: dict[str, Any]) -> list[str]:
+        """What the command says of the first step of the scales, for a record of this recipe."""
+        changed = {**record, "inputs": {**record["inputs"], "recipe": recipe}}
+        (out / "shardxform.json").write_text(json.dumps(changed))
+        args = gather(out).commands[0]
+        return list(args[args.index("--minmax-lr") + 1 :][:1]) if "--minmax-lr" in args else []
+
+    recipe = record["inputs"]["recipe"]
+    assert scales(recipe) == ["0.05"]
+    assert scales({**recipe, "minmax_lr": 0.025}) == []
+    assert scales({name: value for name, value in recipe.items() if name != "minmax_lr"}) == ["0.1"]  # an earlier one
 
 
 @pytest.mark.oracle

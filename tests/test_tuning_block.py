@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -348,15 +349,16 @@ def test_steps_add_up_to_what_the_rates_say() -> None:
         walked = sum(pace.offset for pace in paces) / 2**15
         assert walked == pytest.approx(0.5 * (1 + 1 / iters), abs=2**-13)
         assert all(pace.offset % 4 == 0 and pace.offset >= 0 for pace in paces)
-        assert paces[0].clip == pytest.approx(1 / iters)
-        assert paces[-1].clip == pytest.approx(1 / iters**2)
+        assert paces[0].clip == pytest.approx(0.25 / iters)
+        assert paces[-1].clip == pytest.approx(0.25 / iters**2)
 
 
 def test_a_first_step_that_is_asked_for_is_the_first() -> None:
-    paces = list(tuning_block._paces(TuneOptions(seed=0, iters=200, lr=1 / 800)))
-    assert paces[0].clip == pytest.approx(1 / 800)
-    assert sum(pace.offset for pace in paces) / 2**15 == pytest.approx(0.125 * (1 + 1 / 200), abs=2**-13)
-    assert sum(pace.clip for pace in paces) == pytest.approx(0.125 * (1 + 1 / 200), rel=1e-5)
+    for minmax_lr, first in ((None, 1 / 3200), (1 / 400, 1 / 400)):
+        paces = list(tuning_block._paces(TuneOptions(seed=0, iters=200, lr=1 / 800, minmax_lr=minmax_lr)))
+        assert paces[0].clip == pytest.approx(first)
+        assert sum(pace.offset for pace in paces) / 2**15 == pytest.approx(0.125 * (1 + 1 / 200), abs=2**-13)
+        assert sum(pace.clip for pace in paces) == pytest.approx(100 * first * (1 + 1 / 200), rel=1e-5)
 
 
 def test_every_sample_comes_before_one_comes_again() -> None:
@@ -413,6 +415,6 @@ def test_samples_and_options_that_make_no_sense_are_refused() -> None:
     for name in ("iters", "batch_size"):
         with pytest.raises(SchemeError, match=f"{name}: expected at least 1, found 0"):
             replace(OPTIONS, **{name: 0})
-    for lr in (0.0, 1.5, math.nan):
-        with pytest.raises(SchemeError, match=f"lr: expected more than 0 and at most 1, found {lr}"):
-            replace(OPTIONS, lr=lr)
+    for name, first in product(("lr", "minmax_lr"), (0.0, 1.5, math.nan)):
+        with pytest.raises(SchemeError, match=f"^{name}: expected more than 0 and at most 1, found {first}"):
+            replace(OPTIONS, **{name: first})

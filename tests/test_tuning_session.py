@@ -351,6 +351,7 @@ def test_a_smaller_first_step_moves_fewer_codes_and_is_held_to_less(
     tune(small_moe, tmp_path / "out", "--lr", "0.01")
     record = json.loads((tmp_path / "out" / "shardxform.json").read_text())
     assert record["inputs"]["recipe"]["lr"] == 0.01
+    assert record["inputs"]["recipe"]["minmax_lr"] == 0.0025
     assert "lr" not in json.loads((tuned / "shardxform.json").read_text())["inputs"]["recipe"]
     for more in ((), ("--independent",)):
         code, said = verified(small_moe, tmp_path / "out", *more)

@@ -15,6 +15,7 @@ from build import Raw, bf16, read_checkpoint, tiny, write_checkpoint
 from test_quantize import KIND_SIZES
 from test_verify_quantized import SIDECARS, convert, edit_json, quantize, sound
 
+from shardxform.ask.recipe import Recipe
 from shardxform.base.constants import CLIP_RANGE
 from shardxform.formats import rounding
 from shardxform.formats.packing import code_sum
@@ -398,34 +399,46 @@ def test_constants_are_those_of_the_code_that_quantizes() -> None:
     assert kernels.STEP == systematic.STEP
 
 
-@pytest.mark.parametrize("lr", [None, 0.25])
+@pytest.mark.parametrize(("lr", "minmax_lr"), [(None, None), (0.25, None), (None, 0.75), (None, 1.0)])
 @pytest.mark.parametrize("steps", [1, 2, 20, 50, 200, 1000])
-def test_offsets_never_go_beyond_what_is_allowed(steps: int, lr: float | None) -> None:
+def test_neither_offsets_nor_clips_go_beyond_what_is_allowed(
+    steps: int, lr: float | None, minmax_lr: float | None
+) -> None:
     from shardxform.tuning.block import TuneOptions, _paces
     from shardxform.tuning.elementwise import LIMIT, ONE
 
-    lr = lr and lr / steps
-    paces = list(_paces(TuneOptions(seed=0, iters=steps, lr=lr)))
-    freedom = parts.freedom_of(Grid(), parts._reach({"iters": steps, **({"lr": lr} if lr else {})}))
+    lr, minmax_lr = lr and lr / steps, minmax_lr and minmax_lr / steps
+    recipe = Recipe(windows="", data={}, samples=2, seqlen=2, iters=steps, lr=lr, minmax_lr=minmax_lr)
+    paces = list(_paces(TuneOptions(seed=0, iters=steps, lr=lr, minmax_lr=minmax_lr)))
+    freedom = parts.freedom_of(Grid(), parts._reach(recipe.facts()))
+    assert freedom == parts.freedom_of(Grid(), recipe.reach)
     assert freedom.offset <= (0.25 if lr else 1) * (1 + 1 / steps) / 2 + 2.0**-12 + 1e-9
     assert min(sum(p.offset for p in paces), LIMIT) / ONE <= freedom.offset
-    assert 1 - sum(p.clip for p in paces) >= freedom.narrowest - 1e-6
-    assert (freedom.offset, freedom.widest) <= (1.0, 1.2)
+    walked = sum(p.clip for p in paces)
+    assert 1 - walked >= freedom.narrowest - 1e-6
+    assert min(1 + walked, 1.2) <= freedom.widest + 1e-6
+    assert freedom.widest <= min(1.2, 1 + walked + 1e-3)
+    assert freedom.offset <= 1.0
 
 
 @pytest.mark.parametrize(
     ("recipe", "reach"),
     [
-        ({"iters": 3}, 2 / 3),
-        ({"iters": 3, "lr": 0.1}, 0.2),
+        ({"iters": 3}, (2 / 3, 2 / 3)),
+        ({"iters": 3, "lr": 0.1}, (0.2, 0.2)),
+        ({"iters": 3, "lr": 0.1, "minmax_lr": 0.4}, (0.2, 0.8)),
+        ({"iters": 3, "minmax_lr": 0.1}, (2 / 3, 0.2)),
         ({"iters": 0}, None),
         ({"iters": True}, None),
         ({"lr": 0.1}, None),
         (None, None),
-        *(({"iters": 3, "lr": odd}, 2 / 3) for odd in (0.0, -1.0, 2.0, float("nan"), "0.1", None, True)),
+        *(({"iters": 3, "lr": odd}, (2 / 3, 2 / 3)) for odd in (0.0, -1.0, 2.0, float("nan"), "0.1", None, True)),
+        *(({"iters": 3, "minmax_lr": odd}, (2 / 3, 2 / 3)) for odd in (0.0, 2.0, float("nan"), "0.1", True)),
     ],
 )
-def test_what_a_record_says_of_steps_is_taken_where_it_makes_sense(recipe: Any, reach: float | None) -> None:
+def test_what_a_record_says_of_steps_is_taken_where_it_makes_sense(
+    recipe: Any, reach: tuple[float, float] | None
+) -> None:
     assert parts._reach(recipe) == (None if reach is None else pytest.approx(reach))
 
 

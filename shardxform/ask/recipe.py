@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
-from shardxform.base.constants import HELD_OUT, JUDGES, SHORTER
+from shardxform.base.constants import CLIP_STEP, HELD_OUT, JUDGES, SHORTER
 from shardxform.errors import SchemeError
 from shardxform.model.families.base import Role
 
@@ -20,6 +20,7 @@ __all__ = [
     "Heal",
     "HealedAs",
     "Inputs",
+    "Reach",
     "Recipe",
     "Trial",
     "held_out",
@@ -127,6 +128,13 @@ class Heal:
         return (*(Trial(first, self.lr, part) for part in parts), *(Trial(what, self.lr) for what in fewer))
 
 
+class Reach(NamedTuple):
+    """How far tuning moves offsets and clips at most, in scales."""
+
+    offset: float
+    clip: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """AutoRound as it is to be run.
@@ -136,7 +144,8 @@ class Recipe:
         data: where they come from, for the record.
         samples, seqlen: how many windows, of how many tokens.
         iters: steps a block.
-        lr: first step of rounding offsets and of clips, in scales; None for 1 / iters, as auto-round has it.
+        lr: first step of rounding offsets, in scales; None for 1 / iters, as auto-round has it.
+        minmax_lr: that of clips; None for a quarter of it.
         batch_size: windows of a step.
         seed: of the order of the windows, together with the block's number.
         inputs: what a block is tuned on: `quantized`, what the tuned blocks before it put out, or `fp`, what the
@@ -153,6 +162,7 @@ class Recipe:
     seqlen: int
     iters: int = ITERS
     lr: float | None = None
+    minmax_lr: float | None = None
     batch_size: int = BATCH_SIZE
     seed: int = 42
     inputs: Inputs = "quantized"
@@ -164,8 +174,10 @@ class Recipe:
         for name, least in (("iters", 0 if self.heal else 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise SchemeError(f"{name}: expected at least {least}, found {getattr(self, name)}")
-        if self.lr is not None and not (self.iters and 0 < self.lr <= 1):
-            raise SchemeError(f"lr: expected more than 0 and at most 1, with steps to take, found {self.lr}")
+        for name in ("lr", "minmax_lr"):
+            first = getattr(self, name)
+            if first is not None and not (self.iters and 0 < first <= 1):
+                raise SchemeError(f"{name}: expected more than 0 and at most 1, with steps to take, found {first}")
         if self.inputs not in ("quantized", "fp"):
             raise SchemeError(f"inputs: expected quantized or fp, found {self.inputs!r}")
         if self.heal and self.heal.seconds and self.inputs == "fp":
@@ -178,9 +190,16 @@ class Recipe:
             )
 
     @property
-    def reach(self) -> float:
-        """How far offsets and clips can go, in scales: the sum of steps that fall to zero linearly; 0 without steps."""
-        return (self.lr or 1 / self.iters) * (self.iters + 1) / 2 if self.iters else 0.0
+    def first_steps(self) -> Reach:
+        """How far the first step moves an offset and a clip; 0 without steps."""
+        lr = (self.lr or 1 / self.iters) if self.iters else 0.0
+        return Reach(lr, self.minmax_lr or CLIP_STEP * lr)
+
+    @property
+    def reach(self) -> Reach:
+        """How far all steps do, which fall to zero linearly."""
+        offset, clip = self.first_steps
+        return Reach(offset * (self.iters + 1) / 2, clip * (self.iters + 1) / 2)
 
     @property
     def learned(self) -> int:
@@ -223,6 +242,10 @@ class Recipe:
         facts = {**asdict(self), "data": dict(self.data)}
         if self.lr is None:
             del facts["lr"]
+        if self.iters:  # where a record has none, clips moved as far as offsets
+            facts["minmax_lr"] = self.first_steps.clip
+        else:
+            del facts["minmax_lr"]
         if self.heal is None:
             del facts["heal"]
             return facts

@@ -25,6 +25,9 @@ JUDGED_AT: Final = (0.8, 0.9, 1.0)
 CLIP_RANGE: Final = (0.0, 1.2)
 """Smallest and largest clip of a tuned scale."""
 
+CLIP_STEP: Final = 0.25
+"""The first step of a clip is so much of that of an offset, where none is asked for."""
+
 LEAST_SQUARE: Final = 1e-12
 """Smallest mean square that a token's error is relative to."""
 

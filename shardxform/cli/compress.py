@@ -72,6 +72,7 @@ class _RoundingFlags(options.BatchFlags):
     )
     iters: int | None = options.option(f"Steps of tuning a block.  [default: {_TUNE_ITERS}]", type=click.IntRange(1))
     lr: float | None = options.FIRST_STEP
+    minmax_lr: float | None = options.FIRST_CLIP_STEP
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +197,7 @@ def _refuse_idle(asked: _Asked) -> None:
     if not prunes:
         options.refuse_idle(asked.choice, wanted="choosing experts: give --keep or --ratio")
     if not tunes:
-        names = ("iters", "lr", "batch_size", "tune_samples", "tune_seqlen")
+        names = ("iters", "lr", "minmax_lr", "batch_size", "tune_samples", "tune_seqlen")
         options.refuse_idle(asked.rounding, *names, wanted="--method auto-round, but the method is rtn")
     if not prunes and not tunes:
         ways = "give --keep, --ratio or --method auto-round"
@@ -251,7 +252,13 @@ def _tuning(source: Checkpoint, asked: _Asked) -> Tuning | None:
         seqlen=rounding.tune_seqlen or text.seqlen or _TUNE_SEQLEN,
     )
     iters = rounding.iters or (_TUNE_ITERS if asked.tunes else None)
-    steps = options.RoundingFlags(method=rounding.method, iters=iters, lr=rounding.lr, batch_size=rounding.batch_size)
+    steps = options.RoundingFlags(
+        method=rounding.method,
+        iters=iters,
+        lr=rounding.lr,
+        minmax_lr=rounding.minmax_lr,
+        batch_size=rounding.batch_size,
+    )
     wanted = options.TuneRequest(text=windows, healing=asked.healing, rounding=steps, computation=asked.computation)
     return read_tuning(wanted, source)
 

@@ -80,6 +80,7 @@ _OPTIONS: Final[Mapping[str, str]] = {
     "heal.batch_size": "--batch-size",
     "iters": "--iters",
     "lr": "--lr",
+    "minmax_lr": "--minmax-lr",
     "batch_size": "--batch-size",
     "inputs": "--inputs",
     "seed": "--seed",

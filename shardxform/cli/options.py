@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DATA",
+    "FIRST_CLIP_STEP",
     "FIRST_STEP",
     "PATH",
     "SOURCE",
@@ -327,7 +328,13 @@ class BatchFlags(Flags, heading="Tuning"):
 
 
 FIRST_STEP: Final[Any] = option(
-    "First step of rounding offsets and clips, in scales; those after it fall to zero.  [default: 1 / --iters]",
+    "First step of rounding offsets, in scales; those after it fall to zero.  [default: 1 / --iters]",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="R",
+)
+
+FIRST_CLIP_STEP: Final[Any] = option(
+    "That of the scales, as parts of them.  [default: a quarter of --lr]",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="R",
 )
@@ -344,6 +351,7 @@ class RoundingFlags(BatchFlags):
     )
     iters: int | None = option(f"Steps a block.  [default: {ITERS}]", type=AT_LEAST_1)
     lr: float | None = FIRST_STEP
+    minmax_lr: float | None = FIRST_CLIP_STEP
     inputs: Inputs | None = option(
         "Tune a block on what the tuned blocks before it put out, or on what the 16-bit ones do, which makes "
         "blocks independent.  [default: quantized]",

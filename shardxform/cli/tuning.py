@@ -99,6 +99,7 @@ def read_tuning(asked: options.HealRequest, source: Checkpoint, *, here: bool = 
         seqlen=int(windows.ids_NT.shape[1]),
         iters=(rounding.iters or ITERS) if tunes(asked.rounding) else 0,
         lr=rounding.lr,
+        minmax_lr=rounding.minmax_lr,
         batch_size=asked.rounding.batch_size or BATCH_SIZE,
         seed=seed,
         inputs=rounding.inputs or "quantized",
@@ -122,7 +123,7 @@ def _refuse_idle(asked: options.HealRequest) -> None:
         return
     if rounds:
         wanted = "--method auto-round, but the method is rtn"
-        refuse(rounding, "iters", "lr", "inputs", "blocks", "join", wanted=wanted)
+        refuse(rounding, "iters", "lr", "minmax_lr", "inputs", "blocks", "join", wanted=wanted)
     if not healing.asked and not healing.none:
         refuse(rounding, "batch_size", wanted=wanted)
         refuse(asked.computation, "dtype", wanted=wanted)

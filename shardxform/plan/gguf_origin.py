@@ -133,9 +133,14 @@ def _recipe(recorded: object) -> Recipe | None:
     steps = iters if type(iters) is int and iters > 0 else 0
     if not healing and not steps:
         return None
-    lr = recorded.get("lr")
-    lr = lr if steps and type(lr) is float and 0 < lr <= 1 else None
-    return Recipe(windows="", data={}, samples=2, seqlen=1, iters=steps, lr=lr, heal=healing)
+    lr, minmax_lr = (_first_step(recorded.get(name)) if steps else None for name in ("lr", "minmax_lr"))
+    if steps and minmax_lr is None:  # clips moved as far as offsets
+        minmax_lr = lr or 1 / steps
+    return Recipe(windows="", data={}, samples=2, seqlen=1, iters=steps, lr=lr, minmax_lr=minmax_lr, heal=healing)
+
+
+def _first_step(found: object) -> float | None:
+    return found if type(found) is float and 0 < found <= 1 else None
 
 
 # -- the checkpoint that it stands for --------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from shardxform.base.constants import CLIP_RANGE, JUDGED_AT
+from shardxform.base.constants import CLIP_RANGE, CLIP_STEP, JUDGED_AT
 from shardxform.errors import SchemeError
 from shardxform.forward.weights import activation, stack_names
 from shardxform.tuning.elementwise import ONE, UNITS_PER_STEP, Pace
@@ -218,7 +218,8 @@ class TuneOptions:
     Attributes:
         seed: of the choice of the samples that judge, and with the block's number of the order of the others.
         iters: steps.
-        lr: first step of offsets and clips, in scales, which falls to zero linearly; None for 1 / iters.
+        lr: first step of offsets, in scales, which falls to zero linearly; None for 1 / iters.
+        minmax_lr: that of clips, likewise; None for a quarter of it.
         batch_size: samples of a step.
         dtype: type of the hidden states, and so of the products.
     """
@@ -226,6 +227,7 @@ class TuneOptions:
     seed: int
     iters: int = 200
     lr: float | None = None
+    minmax_lr: float | None = None
     batch_size: int = 8
     dtype: torch.dtype = torch.float32
 
@@ -233,8 +235,10 @@ class TuneOptions:
         for name in ("iters", "batch_size"):
             if getattr(self, name) < 1:
                 raise SchemeError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.lr is not None and not 0 < self.lr <= 1:
-            raise SchemeError(f"lr: expected more than 0 and at most 1, found {self.lr}")
+        for name in ("lr", "minmax_lr"):
+            first = getattr(self, name)
+            if first is not None and not 0 < first <= 1:
+                raise SchemeError(f"{name}: expected more than 0 and at most 1, found {first}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,15 +317,16 @@ def _descend(block: TunedBlock, forward: Forward, samples: Samples, options: Tun
 
 
 def _paces(options: TuneOptions) -> Iterator[Pace]:
-    """The step of every iteration: `lr` of a scale and of a clip at first, falling to zero linearly.
+    """The step of every iteration: `lr` of a scale and `minmax_lr` of a clip at first, falling to zero linearly.
 
     Those of the offsets are rounded to their unit so that the sum is not.
     """
     rate = options.lr or 1 / options.iters
+    clip_rate = options.minmax_lr or CLIP_STEP * rate
     unit, walked, steps = UNITS_PER_STEP / ONE, 0.0, 0
     for done in range(options.iters):
         left = 1 - done / options.iters
         walked += rate * left
         size = round(walked / unit) - steps
         steps += size
-        yield Pace(float(size * UNITS_PER_STEP), float(np.float32(rate * left)), *CLIP_RANGE)
+        yield Pace(float(size * UNITS_PER_STEP), float(np.float32(clip_rate * left)), *CLIP_RANGE)

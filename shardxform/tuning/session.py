@@ -507,6 +507,7 @@ class _BlockRun:
             seed=recipe.seed,
             iters=recipe.iters,
             lr=recipe.lr,
+            minmax_lr=recipe.minmax_lr,
             batch_size=recipe.batch_size,
             dtype=self._tuner._precision.dtype,
         )

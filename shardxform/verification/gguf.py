@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardxform.ask.manifest import Manifest
+from shardxform.ask.recipe import Reach
 from shardxform.base import gguf
 from shardxform.base.file_system import FileSystem
 from shardxform.base.gguf import KeyValue
@@ -76,7 +77,7 @@ class Made:
     contents: GgufContents
     metadata: tuple[tuple[KeyValue, ...], ...]
     grid: Grid | None = None
-    reach: float | None = None
+    reach: Reach | None = None
     left: Mapping[str, Reason] = field(default_factory=dict)
 
     @property

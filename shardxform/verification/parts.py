@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
+from shardxform.ask.recipe import Reach
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
@@ -33,6 +34,7 @@ _SMALLEST_SCALE: Final = 168 * 2.0**-24  # float16(1e-5), where scales are clamp
 _WIDEST_CLIP: Final = 1.2
 _SEARCHED: Final[Mapping[int, tuple[float, float]]] = {4: (389 / 512, 592 / 512), 8: (1006 / 1024, 1180 / 1024)}
 _FEWEST_STEPS: Final = 50  # of a tool that does not say how many; auto-round's own recipes have 50, 200 and 1,000
+_UNTOLD: Final = Reach((1 + 1 / _FEWEST_STEPS) / 2, (1 + 1 / _FEWEST_STEPS) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,19 +239,25 @@ def rule_of(
     return Rule(stored, grid, bound, plain=not tuned, freedom=freedom, anew=anew)
 
 
-def _reach(recipe: object) -> float | None:
+def _reach(recipe: object) -> Reach | None:
     """How far tuning a block can move offsets and clips, by our record; None where it says nothing.
 
-    Steps fall to zero linearly from the first, `lr`, which is 1 / steps where the record has none.
+    Steps fall to zero linearly from the first: `lr` and `minmax_lr`. Where the record has none, `lr` is 1 / steps, and
+    `minmax_lr` as large as it.
     """
     iters = recipe.get("iters") if isinstance(recipe, Mapping) else None
     if not isinstance(recipe, Mapping) or type(iters) is not int or iters < 1:
         return None
-    lr = recipe.get("lr")
-    return (lr if type(lr) is float and 0 < lr <= 1 else 1 / iters) * (iters + 1) / 2
+    lr = _first_step(recipe.get("lr")) or 1 / iters
+    minmax_lr = _first_step(recipe.get("minmax_lr")) or lr
+    return Reach(lr * (iters + 1) / 2, minmax_lr * (iters + 1) / 2)
 
 
-def freedom_of(grid: Grid, reach: float | None, tolerance: float | None = None) -> Freedom:
+def _first_step(found: object) -> float | None:
+    return found if type(found) is float and 0 < found <= 1 else None
+
+
+def freedom_of(grid: Grid, reach: Reach | None, tolerance: float | None = None) -> Freedom:
     """Give what tuning by signed steps leaves open, from a start that was searched if `grid` says so.
 
     Args:
@@ -258,9 +266,11 @@ def freedom_of(grid: Grid, reach: float | None, tolerance: float | None = None) 
         tolerance: codes that a weight may be from the nearest, where the caller says so.
 
     """
-    walked = min(1.0, (reach or (1 + 1 / _FEWEST_STEPS) / 2) + 2.0**-12)  # offsets are multiples of 2^-13
+    offset, clip = reach or _UNTOLD
+    walked = min(1.0, offset + 2.0**-12)  # offsets are multiples of 2^-13
     low, high = _SEARCHED[grid.bits] if grid.search else (1.0, 1.0)
-    return Freedom(max(walked, tolerance or 0), (1 - walked) * low, _WIDEST_CLIP * high)
+    clipped = min(1.0, clip + 2.0**-12)
+    return Freedom(max(walked, tolerance or 0), (1 - clipped) * low, min(_WIDEST_CLIP, 1 + clipped) * high)
 
 
 def grid_of(recorded: object) -> Grid | None:

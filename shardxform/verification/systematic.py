@@ -13,7 +13,8 @@ less those below has a standard deviation of at most V / sqrt(O). Of codes off b
 rounded down -1/2, with no code farther than a step.
 
 *Scales.* Tuning multiplies the scale that it starts from, which brings the largest weight of the group to the end of
-the range or was searched around that, by a clip between 1 - V and 1.2. Rounded to a 16-bit float, a scale moves by less
+the range or was searched around that, by a clip between 1 - C and 1 + C, of 1.2 at most, where C is the sum of its
+steps as V is of an offset's. Rounded to a 16-bit float, a scale moves by less
 than 2^-8; twice, as the start is rounded too.
 
 *Size.* The mean of (v + u)^2 is at most V^2 + 1/12, its variance V^2 / 3 + 1/180. So the squared error of a weight is

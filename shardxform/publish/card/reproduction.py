@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
+from shardxform.base.constants import CLIP_STEP
 from shardxform.base.strict_json import Fields
 from shardxform.checkpoint.record import PROVENANCE, Record
 from shardxform.formats.scheme import usual_group_size
@@ -123,11 +124,19 @@ def _recipe(inputs: Fields, steps: Sequence[int]) -> Iterator[str]:
     yield from _heal(recipe.section("heal"), steps)
     yield from _unless("--iters", recipe.whole("iters") or ITERS, ITERS)  # 0 where it was healed only
     yield from _unless("--lr", recipe.number("lr"), None)
+    yield from _minmax_lr(recipe)
     yield from _unless("--batch-size", recipe.whole("batch_size"), BATCH_SIZE)
     yield from _unless("--seed", recipe.whole("seed"), _SEED)
     yield from _unless("--inputs", recipe.text("inputs"), "quantized")
     yield from _unless("--device", recipe.text("device"), "cpu")
     yield from _unless("--dtype", recipe.text("dtype"), "")  # what `auto` means depends on the machine
+
+
+def _minmax_lr(recipe: Fields) -> Iterator[str]:
+    """The first step of the scales; where a record has none, they moved as far as offsets."""
+    if iters := recipe.whole("iters"):
+        lr = recipe.number("lr") or 1 / iters
+        yield from _unless("--minmax-lr", recipe.number("minmax_lr") or lr, CLIP_STEP * lr)
 
 
 def _heal(heal: Fields, steps: Sequence[int]) -> Iterator[str]:
