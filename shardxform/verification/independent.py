@@ -244,7 +244,9 @@ class _How:
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
         channels = Channels.read(manifest)
         if channels and config.get("model_type") in _IN_TURNS:
-            raise ValueError("width: channels of gate and up projection take turns in stacks, and are not derived")
+            raise ValueError(
+                f"width: rows of gate and up projection take turns in {config['model_type']}, which is not derived"
+            )
         keep, text = manifest.get("keep"), _text_of(config)
         sets = _SETS.get(str(config.get("model_type")), 1)
         experts = next(_counts_of(config))[1] * sets

@@ -19,7 +19,7 @@ __all__ = ["Channels"]
 _INNER: Final = ("gate_proj", "up_proj", "w1", "w3")  # a channel is a row of these
 _OUTER: Final = ("down_proj", "w2")  # and a column of these
 _WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-"""What configs call the number of channels of routed experts, the first that is there."""
+"""What configs call the number of channels of routed experts: the first that says as many as they have."""
 _SHARED: Final = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 """What they call the number of shared experts, each as wide as a routed one where no other key says how wide."""
 _OF_SHARED: Final = (".shared_experts.gate_proj.weight", ".shared_mlp.gate_proj.weight")
@@ -96,10 +96,9 @@ class Channels:
         if last == "bias" and not inner:
             return weight
         axis = 0 if inner else 1
-        if len(weight.shape) <= axis or weight.shape[axis] != self.of:
-            raise ValueError(
-                f"{weight.name}: {weight.shape[axis:][:1]} channels, but the manifest is of experts of {self.of}"
-            )
+        found = weight.shape[axis] if axis < len(weight.shape) else 0
+        if found != self.of:
+            raise ValueError(f"{weight.name}: {found} channels, but the manifest is of experts of {self.of}")
         return Narrowed.of(weight, lists[expert], axis)
 
     def wrong_counts(
@@ -114,12 +113,14 @@ class Channels:
 
         """
         wrong = []
-        key = next((key for key in _WIDTHS if key in source), "")
-        if key and out.get(key) != self.count:
+        key = next((key for key in _WIDTHS if source.get(key) == self.of), "")
+        if not key:
+            wrong.append(f"the source's has no number of {self.of} channels")
+        elif out.get(key) != self.count:
             wrong.append(f"{key} is {out.get(key)}, but experts keep {self.count} channels")
         key = next((key for key in _SHARED if type(source.get(key)) is int), "")
         rows = {weight.shape[0] for name, weight in weights.items() if name.endswith(_OF_SHARED)}
-        sized = any("shared" in key and "size" in key for key in source)
+        sized = any("shared" in key and "size" in key and source[key] for key in source)
         if key and not sized and rows == {source[key] * self.of}:
             told = out.get(key)
             if type(told) is not int or {told * self.count} != rows:
