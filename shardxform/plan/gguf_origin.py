@@ -12,6 +12,7 @@ from typing import Any, Final
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
 from shardxform.ask.recipe import HEALED, Heal, Recipe
 from shardxform.checkpoint.gguf import GgufModel
+from shardxform.checkpoint.history import origin_of
 from shardxform.checkpoint.identity import Identity, config_sha256, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import Checkpoint
@@ -49,9 +50,9 @@ class Redraft:
 
 def inputs_for(source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False) -> Mapping[str, object]:
     """Those of a converted output also tell how what was converted had been made, which counts for another source."""
-    origin, recorded = inputs.get("origin"), inputs.get("source")
+    origin, recorded = origin_of(inputs), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
-    return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
+    return inputs if direct or packed or origin is None else {**inputs, **origin}
 
 
 def redraft(
