@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.ask.experts import MAX_ID, Pruned, pruned_of, read_ids, read_layers, show
+from shardxform.base.file_system import read_given
 from shardxform.base.strict_json import Fields, JsonError, parse_object
 from shardxform.checkpoint.identity import Identity, names_of
 from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
@@ -100,10 +100,7 @@ class Manifest:
         """
         where = os.fspath(path)
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ManifestError(f"{where}: expected a file")
-            with open(path, "rb") as file:
-                data = file.read(_MAX_BYTES + 1)
+            data = read_given(path, _MAX_BYTES)
             if len(data) > _MAX_BYTES:
                 raise ManifestError(f"{where}: more than {_MAX_BYTES} bytes, which is no keep manifest")
             value = parse_object(data)

@@ -254,8 +254,10 @@ def _read_record(source: ImportInput) -> Content:
     pruned = [each for each in _steps(source) if isinstance(each[2], Mapping) and each[2].get("keep")]
     found = [each for each in pruned if source.step in (None, each[0])]
     if not found:
-        which = f"step {source.step} did not prune" if source.step else "no keep lists; this output was not pruned"
-        raise ManifestError(f"{next(_steps(source))[1]}manifest: {which}")
+        if source.step:
+            raise ManifestError(f"{source.where}: step {source.step}: there is none of that number that prunes")
+        place = next(_steps(source))[1]
+        raise ManifestError(f"{place}manifest: no keep lists; this output was not pruned")
     if len(found) > 1:
         numbers = " and ".join(str(number) for number, *_ in found)
         raise ManifestError(

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from shardxform.ask.manifest import Manifest
-from shardxform.base.file_system import not_a_directory
+from shardxform.base.file_system import not_a_directory, read_given
 from shardxform.base.strict_json import Fields, JsonError, parse_object
 from shardxform.base.tensors import BLOCKS
 from shardxform.calibration.options import MAX_SOURCES, is_source
@@ -502,10 +501,7 @@ def _malformed(path: Path, what: str) -> PlanError:
 
 def _object(path: Path) -> Fields:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise PlanError(f"{path}: expected a file")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        data = read_given(path, _MAX_BYTES)
         if len(data) > _MAX_BYTES:
             raise PlanError(f"{path}: more than {_MAX_BYTES} bytes, which is no evaluation")
         return Fields(parse_object(data))
