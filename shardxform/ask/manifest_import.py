@@ -260,10 +260,7 @@ def _read_record(source: ImportInput) -> Content:
         raise ManifestError(f"{place}manifest: no keep lists; this output was not pruned")
     if len(found) > 1:
         numbers = " and ".join(str(number) for number, *_ in found)
-        raise ManifestError(
-            f"{source.where}: pruned in steps {numbers}, each by its own lists; take one of them out with"
-            " `shardxform manifest convert --step`"
-        )
+        raise ManifestError(f"{source.where}: pruned in steps {numbers}, each by its own lists; `step` takes one out")
     ((_, place, lists, chosen),) = found
     width = _width_of(lists, f"{place}manifest.")
     sort = source.sort and width is None

@@ -19,12 +19,23 @@ from typing import Any, Final
 from shardxform.base.digests import CHUNK_BYTES, Chunk, digest_chunks, tensor_digest
 from shardxform.base.file_system import FileSystem
 from shardxform.base.strict_json import Fields, dumps
-from shardxform.checkpoint.identity import Identity, whole_marks
+from shardxform.checkpoint.identity import Identity, config_sha256, whole_marks
 from shardxform.checkpoint.record import PROVENANCE, Record, RecordError, read_written
 from shardxform.checkpoint.table import CONFIG, Checkpoint, Shard
-from shardxform.errors import CheckpointError
+from shardxform.errors import CheckpointError, PlanError
 
-__all__ = ["HISTORY", "NO_PAST", "Past", "carried", "origin_of", "past_of", "steps_of"]
+__all__ = [
+    "HISTORY",
+    "NO_PAST",
+    "Past",
+    "carried",
+    "origin_of",
+    "past_of",
+    "put_together",
+    "refuse_way",
+    "steps_of",
+    "steps_since",
+]
 
 HISTORY: Final = "history"
 """Where records have it among their inputs."""
@@ -176,6 +187,85 @@ def origin_of(inputs: Mapping[str, object]) -> Mapping[str, Any] | None:
         return None
     made = [step for step in steps if isinstance(step, Mapping) and step.get("command") != "convert"]
     return {key: value for key, value in made[-1].items() if key in _OF_ORIGIN} if made else None
+
+
+def steps_since(source: Checkpoint, inputs: Mapping[str, Any], facts: object) -> list[Mapping[str, Any]]:
+    """Steps that led from a source to an output of these inputs; none where none of them names it, by its headers."""
+    try:
+        steps = [*_earlier(inputs), {**inputs, "facts": facts}]
+    except RecordError:
+        return []
+    config, heads = config_sha256(source.config), {s.name: (s.nbytes, s.header_sha256) for s in source.shards}
+    for number in range(len(steps) - 1, -1, -1):
+        known = Identity.from_dict(steps[number].get("source"))
+        if known and known.config == config and heads == {n: (s.nbytes, s.header) for n, s in known.shards.items()}:
+            return steps[number:]
+    return []
+
+
+def refuse_way(source: Checkpoint, record: Record | None) -> None:
+    """Refuse a source that an output was not made from itself, but by way of others, conversions apart.
+
+    Raises:
+        PlanError: says in which steps.
+
+    """
+    steps = steps_since(source, record.inputs, None) if record else []
+    made = [str(step["command"]) for step in steps if step["command"] != "convert"]
+    if len(made) > 1:
+        raise PlanError(
+            f"`independent`: OUT was made from {source.where} in several steps ({', '.join(made)}), which the second"
+            " opinion does not derive; give what OUT was made from itself as `source`"
+        )
+
+
+def put_together(source: Checkpoint, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Inputs of one command that does what steps did one after the other, conversions of the result apart.
+
+    Raises:
+        CheckpointError: two of them pruned, healed or rounded, or what was converted on the way was worked on after.
+
+    """
+    made = [step for step in steps if step["command"] != "convert"]
+    told = [Fields(step) for step in made]
+    twice = [
+        sum(map(bool, each)) > 1
+        for each in (
+            [step.section("manifest", "keep") for step in told],
+            [step.section("scheme") for step in told],
+            [step.section("recipe", "heal") for step in told],
+        )
+    ]
+    if any(twice) or any(step["command"] == "convert" for step in steps[: len(made)]):
+        verbs = ", ".join(str(step["command"]) for step in steps)
+        raise CheckpointError(
+            f"{source.where}: OUT was made from it in {len(steps)} steps ({verbs}), which are not proved at once; give"
+            " what OUT was made from itself as `source`, and verify that against what it was made from"
+        )
+    modes = [step.section("options").text("mtp") for step in told]
+    blocks: dict[int, dict[str, Any]] = {}
+    for step in told:
+        for block in step.section("facts").sections("blocks"):
+            if (layer := block.whole("layer")) is not None:
+                blocks[layer] = {**blocks.get(layer, {}), **dict(block.items())}
+    out = {
+        "command": "convert" if steps[-1]["command"] == "convert" else "quantize" if any(_rounds(told)) else "prune",
+        "manifest": next((step["manifest"] for step in made if step.get("manifest")), {}),
+        "scheme": next((step["scheme"] for step in made if step.get("scheme")), {}),
+        "recipe": {key: value for step in told for key, value in step.section("recipe").items()},
+        "options": {
+            **dict(told[-1].section("options").items()),
+            "text_only": any(step.section("options").flag("text_only") for step in told),
+            "mtp": next((mode for mode in modes if mode != "auto"), "auto"),
+        },
+        "facts": {"blocks": [blocks[layer] for layer in sorted(blocks)]},
+        "source": made[0]["source"],
+    }
+    return {key: value for key, value in out.items() if value or key == "manifest"}
+
+
+def _rounds(steps: Sequence[Fields]) -> Iterator[bool]:
+    return (bool(step.section("scheme")) for step in steps)
 
 
 # -- of a record ------------------------------------------------------------------------------------------------------

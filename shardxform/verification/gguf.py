@@ -107,7 +107,7 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
     """
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
-    asked = inputs_for(source, inputs)
+    asked = inputs_for(source, inputs, facts=record.get("facts"))
     check_origin(source, asked, findings)
     manifest = _manifest(source, asked, given, findings)
     if isinstance(manifest, str):

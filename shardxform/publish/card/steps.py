@@ -33,6 +33,7 @@ __all__ = [
     "dequantized_by",
     "gather_steps",
     "is_pruned_by",
+    "read_steps",
     "rounded_by",
     "summed_up",
     "words_of",
@@ -64,12 +65,21 @@ def gather_steps(record: Record, nbytes: int, experts: int, manifest: Manifest |
         RecordError: the record tells of steps that are none, or of too many.
 
     """
-    told = steps_of(record)
-    places = [*(f"inputs.{HISTORY}.steps[{number}]" for number in range(len(told) - 1)), "inputs"]
+    found = read_steps(steps_of(record), nbytes, experts, manifest)
     if "origin" in record.inputs:  # of an earlier version
-        places[:-1] = ["inputs.origin"]
-    sizes = [*(step.section("summary").whole("bytes_before") for step in told), nbytes]
-    counts = [*(step.section("summary").whole("experts_before") for step in told), experts]
+        found = (*(replace(step, place="inputs.origin") for step in found[:-1]), found[-1])
+    return found
+
+
+def read_steps(
+    told: Sequence[Fields], nbytes: int, experts: int | None = None, manifest: Manifest | None = None
+) -> tuple[StepFacts, ...]:
+    """The same of steps as records carry them; experts that are left by their own word, where nobody counts them."""
+    places = [*(f"inputs.{HISTORY}.steps[{number}]" for number in range(len(told) - 1)), "inputs"]
+    summaries = [step.section("summary") for step in told]
+    sizes = [*(summary.whole("bytes_before") for summary in summaries), nbytes]
+    left = summaries[-1].whole("experts_after") if experts is None else experts
+    counts = [*(summary.whole("experts_before") for summary in summaries), left]
     if counts[0] is None and manifest is not None:
         counts[0] = Fields(manifest.model).whole("num_experts")
     return tuple(
@@ -124,14 +134,25 @@ def _words(step: StepFacts) -> Iterator[str]:
         if width:
             yield f"{width.after} of {width.before} channels of each expert kept"
     if step.healing:
-        merged = "pruned experts merged into those that stay" if step.healing.merge else ""
-        yield " and ".join(filter(None, (merged, "" if step.healing.only_merged else "healed")))
+        yield from _healed(step.healing)
     if made := step.quantization:
         tuned = ", tuned" if made.method == "auto-round" else ""
         yield f"weights rounded to {made.bits} bits in the {made.format} format{tuned}"
     if step.command == "convert":
         to = _FLOATS.get(step.target, step.target)
         yield f"written as {to}" if to else "written in another format"
+
+
+def _healed(made: HealingFacts) -> Iterator[str]:
+    """What healing did, in how many blocks where that is not all of them; nothing where it changed none."""
+    blocks = len(made.blocks)
+    changed = sum(bool(block.what) for block in made.blocks)
+    for asked, words, count in (
+        (made.merge, "pruned experts merged into those that stay", made.merged),
+        (not made.only_merged, "healed", changed),
+    ):
+        if asked and (count or not blocks):
+            yield words if count == blocks else f"{words} in {count} of {blocks} blocks"
 
 
 # -- one step ----------------------------------------------------------------------------------------------------------
