@@ -246,6 +246,10 @@ class Plan:
             self.past.refuse_other(self.source, self.source_shards, identity, self.origin)
         return {**self.stated, "source": {**identity.to_dict(), **self.stated["source"]}, **self.past.stated}
 
+    def refuse_other_values(self) -> None:
+        """Look at the source's values, before anything is written; raises like `inputs`."""
+        assert self.inputs
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the output's bytes; raises like `inputs`."""
