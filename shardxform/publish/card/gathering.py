@@ -213,6 +213,8 @@ def _in_blocks(rounded: QuantizationFacts, model: GgufModel) -> QuantizationFact
     tensors = [ref.spec for ref in model.table.tensors.values() if ref.spec.dtype in BLOCKS]
     return replace(
         rounded,
+        bits=rounded.bits or 4,
+        group_size=rounded.group_size or 32,
         format="gguf",
         modules=sum(math.prod(spec.shape[:-2]) for spec in tensors),
         types=tuple(sorted({spec.dtype for spec in tensors})),

@@ -159,7 +159,7 @@ def _healed_block(block: HealedBlock) -> tuple[str, ...]:
 
 def _quantization_lines(made: QuantizationFacts) -> Iterator[tuple[str, str]]:
     groups = "one scale per row" if made.group_size == -1 else f"groups of {made.group_size} share a scale"
-    yield "scheme", f"W{made.bits}A16, symmetric, {groups}"
+    yield "scheme", f"W{made.bits}A16, symmetric, {groups}" if made.bits and made.group_size else ""
     yield "format", f"{made.format}, blocks of {' and '.join(made.types)}" if made.types else made.format
     yield "modules", f"{made.modules:,}" if made.modules else ""
     yield "rounding", _method(made)

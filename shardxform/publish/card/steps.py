@@ -136,8 +136,9 @@ def _words(step: StepFacts) -> Iterator[str]:
     if step.healing:
         yield from _healed(step.healing)
     if made := step.quantization:
-        tuned = ", tuned" if made.method == "auto-round" else ""
-        yield f"weights rounded to {made.bits} bits in the {made.format} format{tuned}"
+        to = f" to {made.bits} bits" if made.bits else ""
+        kind = f" in the {made.format} format" if made.format else ""
+        yield f"weights rounded{to}{kind}{', tuned' if made.method == 'auto-round' else ''}"
     if step.command == "convert":
         to = _FLOATS.get(step.target, step.target)
         yield f"written as {to}" if to else "written in another format"
@@ -253,9 +254,9 @@ def _rounding(told: Fields) -> QuantizationFacts:
     texts = {key: text for key in _TEXTS if (text := recipe.text(key))}
     size, format_ = grid.get("group_size"), scheme.text("format")
     return QuantizationFacts(
-        bits=grid.whole("bits") or 4,
+        bits=grid.whole("bits") or 0,
         group_size=size if type(size) is int else 0,
-        format=format_ if _WORD.fullmatch(format_) else "gguf",
+        format=format_ if _WORD.fullmatch(format_) else "",
         expert_names="split",
         modules=0,
         method=scheme.text("method"),
