@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from build import write_json
 from click.testing import CliRunner
-from test_card import again, shardxform
+from test_card import again, evaluation, shardxform
 from test_prune import manifest_of
 from test_quantize import make
 
@@ -27,7 +27,7 @@ from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
 from shardxform.errors import CheckpointError, ManifestError, PlanError
 from shardxform.evaluation.routing import kept_ids
-from shardxform.publish.card import gather, render
+from shardxform.publish.card import CardOptions, gather, render
 from shardxform.verification import verify
 
 RUN = {"data": "calib.jsonl", "sha256": "ab" * 32, "samples": 3, "seqlen": 5, "tokens": 15}
@@ -170,6 +170,13 @@ def test_the_card_tells_the_whole_way(chain: list[Path]) -> None:
     assert text.count("## Pruning") == text.count("## Quantization") == 1
     assert "of no card" not in text
     assert "secret" not in (chain[1] / "shardxform.json").read_text()
+
+
+def test_the_card_says_which_of_the_sources_was_the_reference(chain: list[Path], tmp_path: Path) -> None:
+    for number, told in enumerate(("the checkpoint that the first step began with", "what step 1 gave")):
+        path = evaluation(tmp_path, name=f"{number}.json", of=chain[-1], against=chain[number])
+        text = render(gather(chain[-1], CardOptions(evaluations=[path])))
+        assert f"The reference is {told}, on the same windows." in text
 
 
 def test_the_commands_make_it_again_from_the_first_source(chain: list[Path], tmp_path: Path) -> None:

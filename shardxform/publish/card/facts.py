@@ -225,7 +225,8 @@ class EvaluationFacts:
     Attributes:
         perplexity_error: its standard error, as `..._error` are of the other figures; None where it is not known.
         reference, kl, top1: None without a reference, or where they are not finite.
-        of_source: whether the reference is known to be what the output was made from.
+        of_source: whether the reference is known to be what the output was made from, directly or by way of others.
+        steps_before: by how many steps the reference had come about then; None where that is not known.
         ratio_error: of `ratio`.
         dtype: that it was computed in; empty where that is not known.
         block_errors: likewise, per block.
@@ -250,6 +251,7 @@ class EvaluationFacts:
     source: str = ""
     sources: tuple[EvaluationFacts, ...] = ()
     of_source: bool = False
+    steps_before: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -268,7 +270,7 @@ class TaskFacts:
         shots, documents: None where the harness does not say.
         limited: whether only so many documents of each task were asked.
         harness: its name and version.
-        of_source: as in `EvaluationFacts`.
+        of_source, steps_before: as in `EvaluationFacts`.
 
     """
 
@@ -283,6 +285,7 @@ class TaskFacts:
     limited: bool = False
     harness: str = ""
     of_source: bool = False
+    steps_before: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -275,9 +275,9 @@ def _dropped(steps: Sequence[StepFacts]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(each for step in steps for each in step.dropped))
 
 
-def _origins(record: Record) -> list[Identity]:
-    """What the output was made from, directly or by way of others."""
-    return [found for step in steps_of(record) if (found := Identity.from_dict(step.get("source")))]
+def _origins(record: Record) -> list[Identity | None]:
+    """What each step was made from; None where the record does not tell."""
+    return [Identity.from_dict(step.get("source")) for step in steps_of(record)]
 
 
 def _repository(record: Record) -> str:
@@ -359,7 +359,7 @@ def _plots(paths: Sequence[Path]) -> tuple[str, ...]:
 # -- evaluations -------------------------------------------------------------------------------------------------------
 
 
-def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> EvaluationFacts:
+def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity | None] = ()) -> EvaluationFacts:
     """Read one evaluation.
 
     Args:
@@ -380,8 +380,9 @@ def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identi
     found = _figures(path, value, data)
     errors, sources = _errors(path, value.section("against")), _sources(path, value, data)
     _refuse_other(path, value, checkpoint)
-    of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
-    return replace(found, block_errors=errors, sources=sources, of_source=of_source)
+    before = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
+    of_source = before is not None
+    return replace(found, block_errors=errors, sources=sources, of_source=of_source, steps_before=before)
 
 
 def _has_tasks(path: Path) -> bool:
@@ -389,7 +390,7 @@ def _has_tasks(path: Path) -> bool:
     return "tasks" in _object(path)
 
 
-def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> Iterator[TaskFacts]:
+def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity | None] = ()) -> Iterator[TaskFacts]:
     """Read one evaluation on tasks, a metric each.
 
     Raises:
@@ -398,7 +399,7 @@ def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] =
     """
     value = _object(path)
     _refuse_other(path, value, checkpoint)
-    of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
+    before = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
     tasks = value.section("tasks")
     listed, harness = tasks.get("results"), tasks.text("harness")
     if not isinstance(listed, dict) or len(listed) > _MOST_TASKS or not harness.isprintable():
@@ -424,7 +425,8 @@ def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] =
                 documents=task.whole("documents"),
                 limited=tasks.whole("limit") is not None,
                 harness=harness,
-                of_source=of_source,
+                of_source=before is not None,
+                steps_before=before,
             )
 
 
@@ -444,23 +446,27 @@ def _refuse_other(path: Path, value: Fields, checkpoint: Checkpoint) -> None:
         raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.where}: {where}")
 
 
-def _refuse_other_reference(path: Path, against: Fields, checkpoint: Checkpoint, origins: Sequence[Identity]) -> bool:
+def _refuse_other_reference(
+    path: Path, against: Fields, checkpoint: Checkpoint, origins: Sequence[Identity | None]
+) -> int | None:
     """Refuse a reference that is none of the origins: its figures would not say what making the output has cost.
 
     Returns:
-        whether it is one of them; where that is not recorded, or not comparable, nobody knows.
+        which of them it is; None where that is not recorded, or not comparable.
 
     """
     reference = Identity.from_dict(against.get("identity"))
-    if reference is None or not origins:
-        return False
-    where = [reference.difference(origin) for origin in origins]
-    if all(where):
+    known = {number: origin for number, origin in enumerate(origins) if origin is not None}
+    if reference is None or not known:
+        return None
+    where = {number: reference.difference(origin) for number, origin in known.items()}
+    if all(where.values()):
         raise PlanError(
-            f"{path}: its reference is not what {checkpoint.where} was made from: {where[0]};"
+            f"{path}: its reference is not what {checkpoint.where} was made from: {where[max(where)]};"
             f" evaluate it again, --against its source"
         )
-    return any(not told and reference.is_comparable(origin) for told, origin in zip(where, origins, strict=True))
+    same = (number for number, told in where.items() if not told and reference.is_comparable(known[number]))
+    return next(same, None)
 
 
 def _figures(path: Path, value: Fields, data: Data, source: str = "") -> EvaluationFacts:

@@ -147,8 +147,19 @@ def _of_tasks(facts: CardFacts) -> Iterator[str]:
     yield f"Tasks are those of {told}; ± is a standard error over documents.{part}"
     compared = [found for found in facts.tasks if found.reference is not None]
     if compared:
-        of_it = "that this one was made from" if all(found.of_source for found in compared) else "it was held against"
-        yield f"The reference is the checkpoint {of_it}; differences are taken document by document."
+        of_it = _reference(facts, compared) or "the checkpoint it was held against"
+        yield f"The reference is {of_it}; differences are taken document by document."
+
+
+def _reference(facts: CardFacts, compared: Sequence[EvaluationFacts] | Sequence[TaskFacts]) -> str:
+    """What figures are compared with; empty where that is not known of all."""
+    before = {found.steps_before for found in compared}
+    if not all(found.of_source for found in compared):
+        return ""
+    if len(facts.steps) < 2 or len(before) > 1:
+        return "the checkpoint that this one was made from"
+    (number,) = before
+    return f"what step {number} gave" if number else "the checkpoint that the first step began with"
 
 
 def _of_text(facts: CardFacts) -> Iterator[str]:
@@ -157,10 +168,9 @@ def _of_text(facts: CardFacts) -> Iterator[str]:
     yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
     compared = [found for found in facts.evaluations if found.reference is not None]
     if compared:
-        from_it = all(found.of_source for found in compared)
-        what = "made from" if from_it else "held against, whether or not that is its source"
+        unknown = "the checkpoint that this one was held against, whether or not that is its source"
         yield (
-            f"The reference is the checkpoint that this one was {what}, on the same windows. KL divergence is"
+            f"The reference is {_reference(facts, compared) or unknown}, on the same windows. KL divergence is"
             " KL(reference ‖ this) of the next token's distribution, in nats; ratio is that of the perplexities; same"
             " choice is the share of positions where both find the same token likeliest."
         )
