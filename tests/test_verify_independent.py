@@ -31,7 +31,14 @@ from shardxform.plan import view
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
-from shardxform.verification import Problem, definitions, independent, independent_weights, verify
+from shardxform.verification import (
+    Problem,
+    definitions,
+    independent,
+    independent_channels,
+    independent_weights,
+    verify,
+)
 from shardxform.verification.findings import Findings
 from shardxform.verification.independent import CODE, check_independently
 
@@ -80,13 +87,13 @@ def quantize(source: Path, out: Path, scheme: Scheme, manifest: Manifest | None,
 
 def test_it_shares_no_code_with_what_it_judges() -> None:
     named: set[str] = set()
-    for module in (independent, independent_weights, definitions):
+    for module in (independent, independent_channels, independent_weights, definitions):
         nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))))
         named |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     ours = {name for name in named if name.startswith("shardxform")}
     home = "shardxform.verification"
-    others = {f"{home}.{name}" for name in ("findings", "definitions", "independent_weights")}
+    others = {f"{home}.{name}" for name in ("findings", "definitions", "independent_channels", "independent_weights")}
     assert ours == {"shardxform.errors", *others}
     assert {name.split(".")[0] for name in named - ours} <= {*sys.stdlib_module_names, "numpy"}
 

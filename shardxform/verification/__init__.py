@@ -175,12 +175,8 @@ def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings
     """Compare by code of its own; gives the number of weights."""
     from shardxform.verification.independent import check_independently
 
-    manifest = given.manifest
-    if manifest is not None:
-        manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
-        kept = {name: {str(layer): list(ids) for layer, ids in getattr(manifest, name).items()} for name in _LISTS}
     options = {"text_only": given.text_only, "mtp": given.mtp}
-    return check_independently(root, origin.root, findings, kept if manifest is not None else None, **options)
+    return check_independently(root, origin.root, findings, given.lists(), **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +257,6 @@ def _check_family(root: Path, checkpoint: Checkpoint, record: Mapping[str, objec
         findings.warn("family", PROVENANCE, f"made with another text of {origin} than that of {next(iter(found))}")
 
 
-_LISTS: Final = ("keep", "mtp_keep")
 _FIGURES: Final = (
     "bytes_scanned",
     "bytes_compared",

@@ -106,11 +106,7 @@ def _rederive(model: GgufModel, source: GgufModel | Checkpoint, given: Options, 
     """Compare by code of its own; gives the number of tensors, or of weights."""
     from shardxform.verification import independent_gguf as own
 
-    lists = None
-    if given.manifest is not None:
-        manifest = given.manifest if isinstance(given.manifest, Manifest) else Manifest.load(given.manifest)
-        named = {"keep": manifest.keep, "mtp_keep": manifest.mtp_keep}
-        lists = {name: {str(layer): list(ids) for layer, ids in each.items()} for name, each in named.items()}
+    lists = given.lists()
     files = [model.table.root / shard.name for shard in model.table.shards]
     if isinstance(source, Checkpoint):
         told = {"text_only": given.text_only, "mtp": given.mtp}

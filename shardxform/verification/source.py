@@ -44,6 +44,20 @@ class Options:
     mtp: MtpMode | None = None
     tolerance: int | None = None
 
+    def lists(self) -> dict[str, Any] | None:
+        """The manifest as the plain lists of its file; None where there is none.
+
+        Raises:
+            ManifestError: it is malformed.
+
+        """
+        if self.manifest is None:
+            return None
+        manifest = self.manifest if isinstance(self.manifest, Manifest) else Manifest.load(self.manifest)
+        both = {"keep": manifest.keep, "mtp_keep": manifest.mtp_keep}
+        lists = {name: {str(layer): list(ids) for layer, ids in each.items()} for name, each in both.items()}
+        return {**lists, **({"width": manifest.width.to_dict()} if manifest.width else {})}
+
 
 def rebuild(
     source: Checkpoint, out: Checkpoint | None, options: Options, known: Known, findings: Findings
