@@ -19,7 +19,8 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
-from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.history import refuse_way
+from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError, SchemeError, UnknownFamilyError
 from shardxform.formats.config_names import QUANTIZATION
@@ -93,6 +94,8 @@ def verify(
         raise CheckpointError(f"{root}: expected the checkpoint that it was made from as source, found itself")
     if independent and (origin is None or origin.remote):
         raise CheckpointError(f"{root}: an independent check reads the source itself, and needs it on this machine")
+    if independent and origin:
+        refuse_way(origin, read_record(root / PROVENANCE))
     from shardxform.verification.source import Options  # what compares is loaded with it
 
     given = Options(manifest=manifest, text_only=text_only, mtp=mtp, tolerance=tolerance)

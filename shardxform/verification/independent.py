@@ -239,7 +239,7 @@ class _How:
         inputs = record.get("inputs", {})
         converted = inputs.get("command") == "convert"
         if converted:
-            inputs = {} if "quantization_config" in config else inputs.get("origin", {})
+            inputs = {} if "quantization_config" in config else _before(inputs)
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
         channels = Channels.read(manifest)
@@ -419,6 +419,13 @@ class _How:
             weights += off.size
         mean, most = signed / max(weights, 1), 0.25 + 4 / max(found.size[0], 1) ** 0.5
         return f"mean signed error {mean:+.3f} codes, expected at most {most:.3f}" if abs(mean) > most else ""
+
+
+def _before(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Inputs of the step that made what was converted; empty where the record does not tell."""
+    steps = inputs.get("history", {}).get("steps", ())
+    made = [step for step in steps if step.get("command") != "convert"]
+    return inputs.get("origin") or (made[-1] if made else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from shardxform.base.gguf import KeyValue
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.gguf import GgufModel, open_gguf
-from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.history import put_together, refuse_way, steps_since
+from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import WORK, Checkpoint, find_gguf
 from shardxform.errors import CheckpointError, ManifestError, ShardxformError
 from shardxform.plan.plan import source_inputs
@@ -72,6 +73,8 @@ def verify_gguf(
     started, findings = time.monotonic(), Findings()
     if independent and (source is None or (source.table if isinstance(source, GgufModel) else source).remote):
         raise CheckpointError(f"{out}: an independent check reads the source itself, and needs it on this machine")
+    if independent and isinstance(source, Checkpoint):
+        refuse_way(source, read_record((out if out.is_dir() else out.parent) / PROVENANCE))
     seen = _look(out, source, given or Options(), findings)
     figures: Mapping[str, Any] = dict.fromkeys(_FIGURES, 0)
     compared: frozenset[str] = frozenset()
@@ -204,6 +207,8 @@ def _wanted(
 ) -> PrunedGguf | None:
     """What the output must hold; None when what OUT records does not lead to it."""
     of = pruned_of_slabs(slabs_of(source.metadata, source.table.tensors, source.where))
+    if len(steps := steps_since(source.table, inputs, None)) > 1:
+        put_together(source.table, steps)
     _check_origin(source, inputs, findings)
     if given is not None:
         manifest = given if isinstance(given, Manifest) else Manifest.load(given, of)
