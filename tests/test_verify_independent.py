@@ -172,6 +172,15 @@ def test_tuned_outputs(tmp_path: Path) -> None:
     assert "from the weight, expected at most 1.0" in found(out, source)[0].message
 
 
+@pytest.mark.parametrize(("iters", "offset"), [(1, 0.99), (2, 0.75), (3, 0.66)])
+def test_few_steps_may_take_half_of_the_codes_beyond_a_step(iters: int, offset: float, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "qwen3_moe", "per-expert")
+    out = quantize(source, tmp_path / "out", Scheme(grid=Grid(group_size=32)), None)
+    tuned(out, source, 0, offset, (1.0,))
+    claim_tuned(out, iters)
+    assert found(out, source) == []
+
+
 def test_healed_outputs_may_be_anything_that_is_like_the_source(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "qwen3_moe", "per-expert")
     run(plan_prune(Checkpoint.open(source), manifest_of(source)), tmp_path / "out")
