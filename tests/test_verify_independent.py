@@ -407,6 +407,17 @@ def test_the_command_says_how_much_was_derived(pair: tuple[Path, dict[str, Path]
         verify(outputs["gptq"], independent=True)
 
 
+def test_lists_of_what_goes_are_read_as_the_plan_reads_them(tmp_path: Path) -> None:
+    """A form that needs to know how many experts there are."""
+    source = make(tmp_path / "source", "qwen3_moe")
+    manifest = manifest_of(source)
+    gone = [[layer, each] for layer, ids in manifest.keep.items() for each in set(range(6)) - set(ids)]
+    (tmp_path / "gone.json").write_text(json.dumps({"version": 1, "pruned_experts": gone}))
+    run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "out")
+    report = verify(tmp_path / "out", source=source, manifest=tmp_path / "gone.json", independent=True)
+    assert (report.problems, report.rederived) == ((), report.tensors)
+
+
 @pytest.mark.parametrize("what", ["header", "offsets", "bits", "json"])
 def test_what_cannot_be_read_is_said(
     what: str, pair: tuple[Path, dict[str, Path]], writable: Callable[[Path], Path]
