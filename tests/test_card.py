@@ -26,8 +26,9 @@ from shardxform.cli.card import card_command
 from shardxform.errors import ManifestError, OutputError, PlanError, ShardxformError
 from shardxform.publish.card import MARK, CardOptions, gather, render, write_card
 from shardxform.publish.card.facts import Data, EvaluationFacts, Origin
+from shardxform.publish.card.markdown import code, fence
 from shardxform.publish.card.origin import front_matter_of, origin_of
-from shardxform.publish.card.rendering import code, fence, front_matter
+from shardxform.publish.card.rendering import front_matter
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = ROOT / "manifests" / "small-moe-keep8.json"
@@ -167,8 +168,9 @@ def gather_whole(source: Path, out: Path) -> Any:
     return gather(out)
 
 
-def test_what_is_not_known_is_left_out(quantized: Path) -> None:
-    text = render(gather(quantized))
+def test_what_is_not_known_is_left_out(out: Path) -> None:
+    change_record(out, lambda record: record["summary"].pop("chosen"))
+    text = render(gather(out))
     assert "reap" not in text
     assert "license" not in text
     assert "base_model" not in text
@@ -262,8 +264,9 @@ VERBS = (
 
 def again(out: Path, source: Path) -> list[Result]:
     """Run the commands that OUT's card gives, with the names in their places."""
-    places = {"SRC": str(source), out.name: str(out), f"{out.name}-before": f"{out}-before"}
-    places["shardxform.json"] = str(out / "shardxform.json")
+    places = {"SRC": str(source), out.name: str(out), "shardxform.json": str(out / "shardxform.json")}
+    places |= {f"{out.name}-step-{number}": f"{out}-step-{number}" for number in range(1, 9)}
+    places |= {f"keep-{number}.json": f"{out}-keep-{number}.json" for number in range(1, 9)}
     return [shardxform(*(places.get(arg, arg) for arg in args[1:])) for args in gather(out).commands]
 
 
@@ -281,14 +284,14 @@ def test_the_command_on_the_card_makes_the_output_again(verb: str, options: tupl
 def test_the_commands_of_a_converted_output_make_it_again(target: tuple[str, ...], tmp_path: Path) -> None:
     source, keep, out = make(tmp_path / "source"), tmp_path / "keep.json", tmp_path / "out"
     keep.write_text(json.dumps(manifest_of(source).to_dict()))
-    shardxform("quantize", source, f"{out}-before", "-m", keep, "--group-size", 32, "-q")
-    shardxform("convert", f"{out}-before", out, "--to", *target, "-q")
+    shardxform("quantize", source, f"{out}-step-1", "-m", keep, "--group-size", 32, "-q")
+    shardxform("convert", f"{out}-step-1", out, "--to", *target, "-q")
     results = again(out, source)
     assert len(results) == 2
     assert all("already complete, made from the same inputs" in result.output for result in results)
     facts = gather(out)
     assert facts.nbytes.before == Checkpoint.open(source).nbytes
-    assert facts.experts.before == gather(Path(f"{out}-before")).experts.before
+    assert facts.experts.before == gather(Path(f"{out}-step-1")).experts.before
     assert (facts.quantization is None) is (target == ("bf16",))
     assert facts.pruning is not None
 

@@ -23,7 +23,7 @@ from test_verify_independent import manifest_of
 
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import main
-from shardxform.errors import ExecutionError, SchemeError
+from shardxform.errors import CheckpointError, ExecutionError, SchemeError
 from shardxform.execution.runner import run
 from shardxform.formats.scheme import Grid, Scheme
 from shardxform.plan.convert import Target, plan_convert
@@ -296,6 +296,9 @@ def test_scales_that_bfloat16_may_not_hold(tmp_path: Path) -> None:
 def test_weights_that_are_not_symmetric(tmp_path: Path) -> None:
     out = quantize(make(tmp_path / "source"), tmp_path / "out")
     change(out, f"{STACK}up_proj.biases", lambda biases: np.add(biases, 1, out=biases))
+    with pytest.raises(CheckpointError, match=r"switch_mlp\.up_proj\.biases' is not as its shardxform\.json has it"):
+        convert(out, tmp_path / "back", "auto-round")
+    (out / "shardxform.json").unlink()
     with pytest.raises(ExecutionError, match=r"experts\.0\.up_proj\.biases': .*-8 times the scale: an asym"):
         convert(out, tmp_path / "back", "auto-round")
 

@@ -34,7 +34,7 @@ def options_of_commands() -> set[str]:
 
 
 def test_every_option_of_the_table_exists() -> None:
-    there = {"--sort", *options_of_commands()}
+    there = {"--sort", "--step", *options_of_commands()}
     named = [*_SHORT.values(), *(text for stage in _OF_STAGES.values() for pair in stage.items() for text in pair)]
     assert {option for text in named for option in OPTION.findall(text)} <= there
 

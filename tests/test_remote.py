@@ -160,7 +160,7 @@ def test_quantizing_and_converting_a_repository_give_the_bytes_of_a_folder(
     for source, out in ((tmp_path / "local", "local-gptq"), ("org/quantized", "gptq")):
         command(server, home, "convert", source, tmp_path / out, "--to", "gptq", "-q")
     assert files(tmp_path / "gptq") == files(tmp_path / "local-gptq")
-    assert record(tmp_path / "gptq")["inputs"]["origin"] == record(tmp_path / "local-gptq")["inputs"]["origin"]
+    assert record(tmp_path / "gptq")["inputs"]["history"] == record(tmp_path / "local-gptq")["inputs"]["history"]
 
 
 def test_an_output_is_proved_against_the_repository(server: HubServer, small_moe: Path, tmp_path: Path) -> None:

@@ -341,8 +341,8 @@ def test_the_commands_of_what_was_pruned_and_decoded_make_it_again(
     heal: tuple[Any, ...], folder: Path, tmp_path: Path
 ) -> None:
     source, keep = made(folder, "fp8 blocks")[0], keep_file(tmp_path)
-    call("prune", source, tmp_path / "out-before", "-m", keep, "-q", *heal, *(DATA if heal else ()))
-    call("convert", tmp_path / "out-before", tmp_path / "out", "--to", "bf16", "-q")
+    call("prune", source, tmp_path / "out-step-1", "-m", keep, "-q", *heal, *(DATA if heal else ()))
+    call("convert", tmp_path / "out-step-1", tmp_path / "out", "--to", "bf16", "-q")
     facts = gather(tmp_path / "out")
     assert [command[1] for command in facts.commands] == ["prune", "convert"]
     assert (facts.experts.before, facts.experts.after) == (6, 4)
@@ -351,7 +351,7 @@ def test_the_commands_of_what_was_pruned_and_decoded_make_it_again(
         "calib.jsonl": DATA[1],
         "shardxform.json": tmp_path / "out/shardxform.json",
     }
-    places |= {name: tmp_path / name for name in ("out", "out-before")}
+    places |= {name: tmp_path / name for name in ("out", "out-step-1")}
     for command in facts.commands:
         said = call(*(places.get(word, word) for word in command[1:]))
         assert "already complete, made from the same inputs" in said.output

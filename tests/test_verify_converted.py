@@ -251,7 +251,7 @@ def tuned(plain: Path, **recipe: Any) -> None:
     """Have the record say that weights were tuned, and healed if `recipe` says so."""
 
     def edit(record: dict[str, Any]) -> None:
-        origin = record["inputs"]["origin"]
+        origin = record["inputs"]["history"]["steps"][0]
         origin["scheme"]["method"] = "auto-round"
         origin.update(recipe)
 
@@ -307,7 +307,7 @@ def only_problem(report: VerifyReport) -> tuple[str, str]:
 
 
 def test_healing_of_weights_rounded_to_nearest_leaves_the_others_provable(source: Path, plain: Path) -> None:
-    edit_json(plain / "shardxform.json", lambda record: record["inputs"]["origin"].update(HEAL))
+    edit_json(plain / "shardxform.json", lambda record: record["inputs"]["history"]["steps"][0].update(HEAL))
     report = verify(plain, source=source)
     assert report.values_left.keys() == {"healed"}
     assert report.tensors_derived
@@ -323,6 +323,10 @@ def test_a_record_without_blocks_leaves_all_that_healing_may_have_changed(source
     assert verify(plain, source=source).values_left["healed"] == len(healed)
 
 
+def json_of(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
 def test_convert_records_what_was_healed(packed: Path, tmp_path: Path) -> None:
     def edit(record: dict[str, Any]) -> None:
         record["inputs"]["recipe"] = HEAL["recipe"]
@@ -330,11 +334,12 @@ def test_convert_records_what_was_healed(packed: Path, tmp_path: Path) -> None:
         record["facts"] = {"blocks": [*blocks, {"layer": 3, "healed": {"what": None}}, {"healed": {"what": "moe"}}]}
 
     edit_json(packed / "shardxform.json", edit)
-    kept = {"blocks": [{"layer": 1, "healed": {"what": "moe"}}, {"layer": 3, "healed": {"what": None}}]}
+    healed = {"layer": 1, "healed": {"what": "moe", "pruned_error": 0.5}}
+    kept = {"blocks": [healed, {"layer": 2}, {"layer": 3, "healed": {"what": None}}]}
     second = convert(packed, tmp_path / "second", format="gptq")
     third = convert(second, tmp_path / "third", format="bf16")
     for out in (second, third):
-        assert json.loads((out / "shardxform.json").read_text())["inputs"]["origin"]["facts"] == kept
+        assert json_of(out / "shardxform.json")["inputs"]["history"]["steps"][0]["facts"] == kept
 
 
 @pytest.mark.parametrize("scheme", [None, {}, {"grid": 5}, {"grid": {"bits": 4}}, {"format": []}, {"keep_16bit": [5]}])
@@ -342,7 +347,7 @@ def test_where_nothing_says_how_it_was_rounded_no_linear_weight_is_compared(
     scheme: object, source: Path, plain: Path
 ) -> None:
     def edit(record: dict[str, Any]) -> None:
-        origin = record["inputs"]["origin"]
+        origin = record["inputs"]["history"]["steps"][0]
         origin["scheme"] = {**origin["scheme"], **scheme} if isinstance(scheme, dict) and scheme else scheme
 
     edit_json(plain / "shardxform.json", edit)

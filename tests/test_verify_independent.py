@@ -31,7 +31,14 @@ from shardxform.plan import view
 from shardxform.plan.prune import plan_prune
 from shardxform.plan.quantize import plan_quantize
 from shardxform.plan.view import ViewOptions
-from shardxform.verification import Problem, definitions, independent, independent_weights, verify
+from shardxform.verification import (
+    Problem,
+    definitions,
+    independent,
+    independent_channels,
+    independent_weights,
+    verify,
+)
 from shardxform.verification.findings import Findings
 from shardxform.verification.independent import CODE, check_independently
 
@@ -80,13 +87,13 @@ def quantize(source: Path, out: Path, scheme: Scheme, manifest: Manifest | None,
 
 def test_it_shares_no_code_with_what_it_judges() -> None:
     named: set[str] = set()
-    for module in (independent, independent_weights, definitions):
+    for module in (independent, independent_channels, independent_weights, definitions):
         nodes = list(ast.walk(ast.parse(Path(module.__file__).read_text(encoding="utf-8"))))
         named |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     ours = {name for name in named if name.startswith("shardxform")}
     home = "shardxform.verification"
-    others = {f"{home}.{name}" for name in ("findings", "definitions", "independent_weights")}
+    others = {f"{home}.{name}" for name in ("findings", "definitions", "independent_channels", "independent_weights")}
     assert ours == {"shardxform.errors", *others}
     assert {name.split(".")[0] for name in named - ours} <= {*sys.stdlib_module_names, "numpy"}
 
@@ -163,6 +170,15 @@ def test_tuned_outputs(tmp_path: Path) -> None:
     tuned(out, source, 0, 0.6)
     assert "is no rounding" not in found(out, source)[0].message
     assert "from the weight, expected at most 1.0" in found(out, source)[0].message
+
+
+@pytest.mark.parametrize(("iters", "offset"), [(1, 0.99), (2, 0.75), (3, 0.66)])
+def test_few_steps_may_take_half_of_the_codes_beyond_a_step(iters: int, offset: float, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "qwen3_moe", "per-expert")
+    out = quantize(source, tmp_path / "out", Scheme(grid=Grid(group_size=32)), None)
+    tuned(out, source, 0, offset, (1.0,))
+    claim_tuned(out, iters)
+    assert found(out, source) == []
 
 
 def test_healed_outputs_may_be_anything_that_is_like_the_source(tmp_path: Path) -> None:
@@ -389,6 +405,17 @@ def test_the_command_says_how_much_was_derived(pair: tuple[Path, dict[str, Path]
         assert "--independent compares values with --source" in result.output
     with pytest.raises(CheckpointError, match="needs it on this machine"):
         verify(outputs["gptq"], independent=True)
+
+
+def test_lists_of_what_goes_are_read_as_the_plan_reads_them(tmp_path: Path) -> None:
+    """A form that needs to know how many experts there are."""
+    source = make(tmp_path / "source", "qwen3_moe")
+    manifest = manifest_of(source)
+    gone = [[layer, each] for layer, ids in manifest.keep.items() for each in set(range(6)) - set(ids)]
+    (tmp_path / "gone.json").write_text(json.dumps({"version": 1, "pruned_experts": gone}))
+    run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "out")
+    report = verify(tmp_path / "out", source=source, manifest=tmp_path / "gone.json", independent=True)
+    assert (report.problems, report.rederived) == ((), report.tensors)
 
 
 @pytest.mark.parametrize("what", ["header", "offsets", "bits", "json"])

@@ -202,6 +202,24 @@ def test_shared_experts_stay_as_wide_as_they_are(tmp_path: Path) -> None:
         torch.testing.assert_close(narrow(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.oracle
+def test_shared_experts_that_are_as_wide_by_default_are_no_number_of_their_own(tmp_path: Path) -> None:
+    """Where a config has a width of shared experts they stay so wide; where it has none it would say another."""
+    pytest.importorskip("torch")
+    import any_moe
+    from test_every_family import CASES
+
+    over = {**CASES["bailing_hybrid"].over, "moe_intermediate_size": 64}
+    any_moe.save(any_moe.build("bailing_hybrid", **over), tmp_path / "source", model_type="bailing_hybrid")
+    config = json.loads((tmp_path / "source" / "config.json").read_bytes())
+    assert config.get("moe_shared_expert_intermediate_size") is None
+    value = Manifest.from_dict(manifest(config, list(range(config["num_experts"])), 64))
+    with pytest.raises(PlanError, match=r"mlp\.shared_experts.* is as wide as moe_intermediate_size says, where"):
+        plan_prune(Checkpoint.open(tmp_path / "source"), value)
+    write_json(tmp_path / "source" / "config.json", {**config, "moe_shared_expert_intermediate_size": 64})
+    assert plan_prune(Checkpoint.open(tmp_path / "source"), value).steps
+
+
 def _given(model: Any, saliency: Saliency, data: list[object]) -> list[np.ndarray]:
     """What every channel gave, by hooks on the loaded model's experts, which the file agrees with."""
     import torch

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import stat
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.ask.experts import MAX_ID, Pruned, pruned_of, read_ids, read_layers, show
-from shardxform.base.strict_json import JsonError, parse_object
+from shardxform.base.file_system import read_given
+from shardxform.base.strict_json import Fields, JsonError, parse_object
 from shardxform.checkpoint.identity import Identity, names_of
+from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
 from shardxform.checkpoint.table import Shard
 from shardxform.errors import ManifestError
 from shardxform.model.layout import Layout
@@ -26,7 +27,7 @@ from shardxform.model.layout import Layout
 if TYPE_CHECKING:
     from shardxform.ask.width import Width
 
-__all__ = ["FORMAT", "VERSION", "Manifest", "keep_all", "manifest_text", "mtp_moe_layers"]
+__all__ = ["FORMAT", "VERSION", "Manifest", "chosen_by", "keep_all", "manifest_text", "mtp_moe_layers"]
 
 FORMAT: Final = "shardxform.keep"
 VERSION: Final = 1
@@ -84,7 +85,12 @@ class Manifest:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], layout: Layout | Pruned | None = None, *, sort: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        layout: Layout | Pruned | None = None,
+        *,
+        sort: bool = False,
+        step: int | None = None,
     ) -> Manifest:
         """Read a manifest file; see `from_dict`.
 
@@ -94,10 +100,7 @@ class Manifest:
         """
         where = os.fspath(path)
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise ManifestError(f"{where}: expected a file")
-            with open(path, "rb") as file:
-                data = file.read(_MAX_BYTES + 1)
+            data = read_given(path, _MAX_BYTES)
             if len(data) > _MAX_BYTES:
                 raise ManifestError(f"{where}: more than {_MAX_BYTES} bytes, which is no keep manifest")
             value = parse_object(data)
@@ -105,7 +108,7 @@ class Manifest:
             raise ManifestError(f"{where}: {e.strerror}") from e
         except JsonError as e:
             raise ManifestError(f"{where}: {e}") from e
-        return cls.from_dict(value, where=where, layout=layout, sort=sort)
+        return cls.from_dict(value, where=where, layout=layout, sort=sort, step=step)
 
     @classmethod
     def from_dict(
@@ -115,6 +118,7 @@ class Manifest:
         where: str = "manifest",
         layout: Layout | Pruned | None = None,
         sort: bool = False,
+        step: int | None = None,
     ) -> Manifest:
         """Take parsed JSON in our form or in a foreign one, told apart by content.
 
@@ -123,6 +127,7 @@ class Manifest:
             where: file name for messages.
             layout: of the checkpoint. With it the manifest is also checked against the checkpoint.
             sort: put ids in ascending order instead of refusing them.
+            step: of the record of an output that came about in several, which of them, from 1 on.
 
         Raises:
             ManifestError: unknown form, malformed, or (with `layout`) no fit for the checkpoint.
@@ -130,10 +135,12 @@ class Manifest:
         """
         if not isinstance(value, Mapping):
             raise ManifestError(f"{where}: expected an object, found {show(value)}")
+        if step is not None and value.get("format") != RECORD_FORMAT:
+            raise ManifestError(f"{where}: `step` {step}: only the record of an output has steps")
         if value.get("format") == FORMAT:
             manifest = _from_ours(cls, value, where, sort)
         else:
-            manifest = _from_others(cls, value, where, pruned_of(layout) if layout else None, sort)
+            manifest = _from_others(cls, value, where, pruned_of(layout) if layout else None, sort, step)
         if layout is None:
             _check_counts(manifest)
             _check_range(manifest, manifest.model.get("num_experts", MAX_ID))
@@ -204,6 +211,46 @@ class Manifest:
         return replace(self, model={key: value for key, value in self.model.items() if key not in _OF_SOURCE})
 
 
+_RUNS: Final = 16
+_LAYERS: Final = 1000
+_TOLD: Final = 200  # characters of a name
+
+
+def chosen_by(manifest: Manifest | None) -> dict[str, Any]:
+    """What a manifest says of why its experts stay, as outputs record it under `chosen`; nothing where it says nothing.
+
+    Only what a card shows, and no more of it than a card can: provenance may hold anything.
+    """
+    if manifest is None:
+        return {}
+    told = Fields(manifest.provenance)
+    layers = told.section("layers")
+    figures = {key: found for key in ("saliency_kept", "never_reached_kept") if (found := _figures(layers.get(key)))}
+    chosen = {
+        "criterion": manifest.criterion if manifest.criterion.isprintable() else "",
+        "tokens": told.whole("tokens"),
+        "runs": [run for each in told.sections("runs")[:_RUNS] if (run := _run(each))],
+        "layers": figures,
+    }
+    chosen = {key: value for key, value in chosen.items() if value}
+    return {"chosen": chosen} if chosen else {}
+
+
+def _run(run: Fields) -> dict[str, Any]:
+    """The text that experts were scored on; nothing without a name."""
+    names = {key: run.text(key)[:_TOLD] for key in ("data", "sha256", "revision") if run.text(key)}
+    counts = {key: run.whole(key) for key in ("samples", "seqlen", "tokens") if run.whole(key) is not None}
+    sources = [each[:_TOLD] for each in run.texts("sources")[:_TOLD]]
+    return {**names, **counts, **({"sources": sources} if sources else {})} if "data" in names else {}
+
+
+def _figures(values: object) -> list[int | float]:
+    """A figure for each layer; none where one of them is no number, or there are more than models have layers."""
+    listed = values if isinstance(values, list) and len(values) <= _LAYERS else []
+    fields = [Fields({"": each}).number("") for each in listed]
+    return [] if None in fields else listed
+
+
 def keep_all(layout: Layout) -> Manifest:
     """Every expert of every MoE layer, and of every MTP layer that has tensors.
 
@@ -225,13 +272,13 @@ def keep_all(layout: Layout) -> Manifest:
 
 
 def _from_others(
-    cls: type[Manifest], value: Mapping[str, Any], where: str, layout: Pruned | None, sort: bool
+    cls: type[Manifest], value: Mapping[str, Any], where: str, layout: Pruned | None, sort: bool, step: int | None
 ) -> Manifest:
     from shardxform.ask.manifest_import import FORMS, ImportInput, form_of  # most manifests are ours
 
     form = form_of(value)
     if form is not None:
-        content = form.read(ImportInput(value, where, layout, sort))
+        content = form.read(ImportInput(value, where, layout, sort, step))
         # Later messages speak of keep["12"], which a foreign file does not have: say why.
         return cls(
             keep=content.keep,

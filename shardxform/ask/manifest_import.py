@@ -25,6 +25,8 @@ from shardxform.ask.experts import (
     under,
     whole_number,
 )
+from shardxform.base.strict_json import Fields
+from shardxform.checkpoint.history import HISTORY
 from shardxform.checkpoint.record import FORMAT as RECORD_FORMAT
 from shardxform.errors import ManifestError
 
@@ -43,6 +45,7 @@ class ImportInput:
         where: file name for messages.
         layout: what the checkpoint has, or None when there is none at hand.
         sort: put ids in ascending order instead of refusing them.
+        step: of a record, which of the steps that the output came about by; None for the one that prunes.
 
     """
 
@@ -50,6 +53,7 @@ class ImportInput:
     where: str
     layout: Pruned | None
     sort: bool
+    step: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,19 +250,47 @@ def _read_reap_mlx(source: ImportInput) -> Content:
 
 
 def _read_record(source: ImportInput) -> Content:
-    inputs = object_at(source.value.get("inputs"), f"{source.where}: inputs")
-    place = f"{source.where}: inputs"
-    if isinstance(inputs.get("origin"), Mapping):  # of a converted output: what was done before
-        inputs, place = inputs["origin"], f"{place}.origin"
-    lists = inputs.get("manifest")
-    if not isinstance(lists, Mapping) or not lists.get("keep"):
-        raise ManifestError(f"{place}.manifest: no keep lists; this output was not pruned")
-    width = _width_of(lists, f"{place}.manifest.")
+    """What an output was pruned by; where it came about in several steps that prune, that of the step asked for."""
+    pruned = [each for each in _steps(source) if isinstance(each[2], Mapping) and each[2].get("keep")]
+    found = [each for each in pruned if source.step in (None, each[0])]
+    if not found:
+        if source.step:
+            raise ManifestError(f"{source.where}: step {source.step}: there is none of that number that prunes")
+        place = next(_steps(source))[1]
+        raise ManifestError(f"{place}manifest: no keep lists; this output was not pruned")
+    if len(found) > 1:
+        numbers = " and ".join(str(number) for number, *_ in found)
+        raise ManifestError(f"{source.where}: pruned in steps {numbers}, each by its own lists; `step` takes one out")
+    ((_, place, lists, chosen),) = found
+    width = _width_of(lists, f"{place}manifest.")
     sort = source.sort and width is None
     keep, mtp_keep = (
-        read_layers(lists.get(key, {}), f"{place}.manifest.{key}", sort=sort) for key in ("keep", "mtp_keep")
+        read_layers(lists.get(key, {}), f"{place}manifest.{key}", sort=sort) for key in ("keep", "mtp_keep")
     )
-    return Content(keep=keep, mtp_keep=mtp_keep, width=width)
+    told = Fields(chosen)
+    provenance = {key: told.get(key) for key in ("tokens", "runs", "layers") if key in told}
+    return Content(keep=keep, mtp_keep=mtp_keep, width=width, criterion=told.text("criterion"), provenance=provenance)
+
+
+def _steps(source: ImportInput) -> Iterator[tuple[int, str, Any, object]]:
+    """Number, place, keep lists and reasons of the steps that an output came about by, itself the last."""
+    place = f"{source.where}: inputs"
+    inputs = object_at(source.value.get("inputs"), place)
+    origin, history = inputs.get("origin"), Fields(inputs.get(HISTORY)).get("steps")
+    number = 1
+    if isinstance(origin, Mapping):  # of a converted output, by an earlier version
+        yield 1, f"{place}.origin.", origin.get("manifest"), {}
+        number = 2
+    for number, step in enumerate(history if isinstance(history, list) else [], 1):
+        told = Fields(step)
+        yield (
+            number,
+            f"{place}.{HISTORY}.steps[{number - 1}].",
+            told.get("manifest"),
+            told.section("summary").get("chosen"),
+        )
+    number += isinstance(history, list)
+    yield number, f"{place}.", inputs.get("manifest"), Fields(source.value.get("summary")).get("chosen")
 
 
 def _width_of(value: Mapping[str, object], place: str) -> Width | None:

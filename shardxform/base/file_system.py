@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import re
 import secrets
 import shutil
+import stat
 import struct
 import sys
 import tempfile
@@ -36,6 +39,7 @@ __all__ = [
     "items_of",
     "nearest",
     "not_a_directory",
+    "read_given",
     "why_not",
 ]
 
@@ -57,6 +61,7 @@ _NO_KERNEL_COPY: Final = {
     errno.EPERM,
     errno.ETXTBSY,
 }
+_OWN_PIPE: Final = re.compile(r"/dev/stdin|/dev/fd/[0-9]+|/proc/self/fd/[0-9]+", re.ASCII)
 _HINT: Final = 1 << 20
 _NO_PREALLOCATE: Final = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 _MAC_PREALLOCATE: Final = 42  # F_PREALLOCATE of <sys/fcntl.h>, which the fcntl module does not name everywhere
@@ -83,6 +88,38 @@ def why_not(path: Path, error: OSError) -> str:
             if not folder.is_dir() and folder != Path():
                 return f"{not_a_directory(folder)}: {folder}"
     return error.strerror or str(error)
+
+
+def read_given(path: str | os.PathLike[str], most: int) -> bytes:
+    """Read a small file that a user names: a file, or a pipe that this process was started with.
+
+    `<(…)` of a shell gives such a pipe, by the number of its descriptor, as `/dev/fd/63`; it is read once, to its end,
+    however often it is asked for. A pipe that has a name in a folder is refused: opening it may wait for ever.
+
+    Args:
+        path: what is named; links are followed.
+        most: bytes; of more, one further byte is given.
+
+    Raises:
+        OSError: it cannot be read, or is neither.
+
+    """
+    info = os.stat(path)
+    if stat.S_ISREG(info.st_mode):
+        with open(path, "rb") as file:
+            return file.read(most + 1)
+    if not stat.S_ISFIFO(info.st_mode):
+        raise OSError(errno.EINVAL, "expected a file")
+    if not _OWN_PIPE.fullmatch(os.fspath(path)):
+        raise OSError(errno.EINVAL, "expected a file, or a pipe as `<(...)` or /dev/stdin give one; found a named pipe")
+    return _read_pipe(os.fspath(path), (info.st_dev, info.st_ino), most)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_pipe(path: str, which: tuple[int, int], most: int) -> bytes:  # noqa: ARG001
+    """Read a pipe to its end; what was read of one is not there a second time."""
+    with open(path, "rb") as file:
+        return file.read(most + 1)
 
 
 class FileSystem:

@@ -189,6 +189,10 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    def items(self) -> Iterable[tuple[str, object]]:
+        """Return all keys and values as they are."""
+        return self._values.items()
+
     def get(self, key: str) -> object:
         """Return a value as it is; None where it is not there."""
         return self._values.get(key)

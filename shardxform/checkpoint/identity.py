@@ -29,6 +29,7 @@ from typing import Any, Final
 
 from blake3 import blake3
 
+from shardxform.base.digests import CHUNK_BYTES
 from shardxform.base.strict_json import compact_config, dumps
 from shardxform.checkpoint.table import Checkpoint, Shard
 from shardxform.errors import CheckpointError
@@ -42,6 +43,7 @@ __all__ = [
     "identity_when_asked",
     "names_of",
     "values_difference",
+    "whole_marks",
 ]
 
 _WHOLE: Final = 64 << 20  # bytes of small tensors that are read whole
@@ -177,6 +179,19 @@ def identify(checkpoint: Checkpoint) -> Identity:
         },
         repository=str(remote) if remote else "",
     )
+
+
+def whole_marks(identity: Identity, shards: Sequence[Shard]) -> dict[str, bytes]:
+    """First bytes of the digests of tensors that an identity has read whole, and whose digest is of one chunk."""
+    largest, out = _largest_whole(shards), dict[str, bytes]()
+    for shard in shards:
+        marks = identity.shards[shard.name].marks
+        for at, (spec, begin, end) in enumerate(shard.entries):
+            nbytes = end - begin
+            whole = nbytes < largest[0] or (nbytes == largest[0] and (nbytes, shard.name, at) <= largest)
+            if whole and 0 < nbytes <= CHUNK_BYTES:
+                out[spec.name] = marks[at * _MARK : (at + 1) * _MARK]
+    return out
 
 
 def identity_when_asked(checkpoint: Checkpoint) -> Callable[[], Identity]:

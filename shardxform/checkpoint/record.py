@@ -19,7 +19,17 @@ from blake3 import blake3
 from shardxform.base.digests import ALGORITHM, CHUNK_BYTES
 from shardxform.base.strict_json import Fields, JsonError, parse_object, pretty
 
-__all__ = ["FORMAT", "PROVENANCE", "VERSION", "Record", "RecordError", "ShardRecord", "is_as_written", "read_record"]
+__all__ = [
+    "FORMAT",
+    "PROVENANCE",
+    "VERSION",
+    "Record",
+    "RecordError",
+    "ShardRecord",
+    "is_as_written",
+    "read_record",
+    "read_written",
+]
 
 PROVENANCE: Final = "shardxform.json"
 FORMAT: Final = "shardxform.provenance"
@@ -72,16 +82,6 @@ class Record:
     def asked(self) -> Fields:
         """Its inputs, for who reads single ones."""
         return Fields(self.inputs)
-
-    @property
-    def before(self) -> Fields:
-        """Inputs of the output that this one was converted from; empty where it was not."""
-        return self.asked.section("origin")
-
-    @property
-    def first(self) -> Fields:
-        """What was asked of the 16-bit checkpoint: by its inputs, or of a converted output by those before."""
-        return self.before or self.asked
 
     @classmethod
     def parse(cls, value: Mapping[str, object]) -> Record:
@@ -152,6 +152,27 @@ def read_record(path: Path) -> Record | None:
         return Record.parse(parse_object(path.read_bytes()))
     except (OSError, JsonError, RecordError):
         return None
+
+
+def read_written(path: Path) -> Record:
+    """Read the finished record of what is taken for a source; links are followed, as caches of hubs have them.
+
+    Raises:
+        RecordError: it is none, or not as it was written.
+
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode) or path.stat().st_size > _MAX_BYTES:
+            raise RecordError("expected a file of a record's size")
+        data = path.read_bytes()
+        record = Record.parse(parse_object(data))
+    except OSError as e:
+        raise RecordError(str(e.strerror)) from e
+    except JsonError as e:
+        raise RecordError(str(e)) from e
+    if record.digests is not None and record.to_bytes() != data:
+        raise RecordError("its checksum differs: it was changed since shardxform wrote it")
+    return record
 
 
 def _object(value: Mapping[str, object], key: str, default: Mapping[str, object] | None = None) -> Mapping[str, Any]:

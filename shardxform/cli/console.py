@@ -139,6 +139,7 @@ _SHORT: Final[Mapping[str, str]] = {  # by which messages name fields, and such 
     "scheme": "--scheme",
     "sort": "`shardxform manifest convert --sort`",
     "source": "--source",
+    "step": "`shardxform manifest convert --step`",
     "tasks": "--tasks",
     "width": "--width",
     "work": "--work",

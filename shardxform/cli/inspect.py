@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
 
+from shardxform.base.strict_json import Fields
+from shardxform.checkpoint.history import past_of
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cli.console import gb, print_json, rows, short, table
+from shardxform.cli.console import gb, print_json, rows, short, table, tell
 from shardxform.cli.inputs import open_gguf_named, open_named
 from shardxform.cli.options import FamilyFlags, HubFlags, JsonFlags, Source, command, option, source_argument
 from shardxform.plan.inspection import Inspection, inspect_checkpoint
 from shardxform.plan.slabs import GgufInspection, inspect_gguf
+from shardxform.publish.card.steps import read_steps, words_of
 
 __all__ = ["inspect_command"]
 
@@ -35,7 +38,8 @@ class _Shown(JsonFlags):
 def inspect_command(source: Source, family: FamilyFlags, hub: HubFlags, shown: _Shown) -> None:
     """Show what SRC is made of: family, experts, sizes by role, and what pruning would make of it.
 
-    Reads headers only, never tensor data. SRC may be a model in GGUF too: a file, or the first of several.
+    Reads headers only, never tensor data. Of an output of shardxform it also shows by which steps that came about, as
+    its record tells. SRC may be a model in GGUF too: a file, or the first of several.
     """
     model = open_gguf_named(source, hub)
     if model is None:
@@ -45,12 +49,13 @@ def inspect_command(source: Source, family: FamilyFlags, hub: HubFlags, shown: _
         _list_tensors(checkpoint, shown.pattern, shown.as_json)
         return
     inspection = inspect_gguf(model) if model else inspect_checkpoint(checkpoint)
+    made = _made(checkpoint)
     if shown.as_json:
-        print_json(inspection.to_dict())
+        print_json({**inspection.to_dict(), "made": [{"command": verb, "what": what} for verb, what in made]})
     elif isinstance(inspection, GgufInspection):
-        _show_gguf(inspection)
+        _show_gguf(inspection, made)
     else:
-        _show(inspection)
+        _show(inspection, made)
 
 
 def _list_tensors(checkpoint: Checkpoint, pattern: str, as_json: bool) -> None:
@@ -76,9 +81,23 @@ def _list_tensors(checkpoint: Checkpoint, pattern: str, as_json: bool) -> None:
     click.echo(f"  {len(found):,} of {len(checkpoint.tensors):,} tensors, {gb(sum(ref.nbytes for ref in found))}")
 
 
-def _show(i: Inspection) -> None:
+def _made(checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """The steps by which an output of ours came about, as its record tells; one line says why that is not believed."""
+    past = past_of(checkpoint)
+    steps = read_steps(tuple(map(Fields, past.steps)), checkpoint.nbytes) if past.steps else ()
+    if past.note:
+        tell(f"note: {past.note}")
+    return [(step.command, words_of(step)) for step in steps]
+
+
+def _made_rows(made: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    for number, (verb, what) in enumerate(made):
+        yield "" if number else "made by", f"{verb}: {what}"
+
+
+def _show(i: Inspection, made: Sequence[tuple[str, str]]) -> None:
     click.echo(f"{i.path}: {gb(i.nbytes)}, {_parameters(i)}")
-    rows(_facts(i))
+    rows([*_facts(i), *_made_rows(made)])
     click.echo()
     table(("role", "tensors", "size", "share"), _shares(i.roles, i.nbytes))
     if i.outlook:
@@ -90,9 +109,9 @@ def _show(i: Inspection) -> None:
         click.echo(f"\n  {len(i.unknown)} tensors unknown to the family, such as {i.unknown[0]}")
 
 
-def _show_gguf(i: GgufInspection) -> None:
+def _show_gguf(i: GgufInspection, made: Sequence[tuple[str, str]]) -> None:
     click.echo(f"{i.path}: {gb(i.nbytes)}, {short(i.parameters)} parameters")
-    rows(_gguf_facts(i))
+    rows([*_gguf_facts(i), *_made_rows(made)])
     click.echo()
     table(("role", "tensors", "size", "share"), _shares(i.roles, i.nbytes))
     click.echo()

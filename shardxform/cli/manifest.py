@@ -28,6 +28,11 @@ _file_argument = click.argument("manifest", metavar="FILE", type=PATH)
 class _Read(Flags):
     model: Path | None = option("Checkpoint the manifest is for; some forms cannot be read without it.", metavar="SRC")
     sort: bool = option("Put ids in ascending order instead of refusing them.", default=False)
+    step: int | None = option(
+        "Of a shardxform.json whose output was pruned in several steps, the one to take, counted from 1.",
+        metavar="N",
+        type=click.IntRange(1),
+    )
 
 
 @click.group("manifest")
@@ -40,7 +45,7 @@ def manifest_command() -> None:
 def _show(manifest: Path, how: _Read, family: FamilyFlags, output: JsonFlags) -> None:
     """Show what FILE keeps, in whatever form it is."""
     family.load()
-    read = Manifest.load(manifest, _layout(how.model), sort=how.sort)
+    read = Manifest.load(manifest, _layout(how.model), sort=how.sort, step=how.step)
     if output.as_json:
         print_json(read.to_dict())
         return
@@ -78,7 +83,7 @@ def _check(manifest: Path, source: Path, family: FamilyFlags, output: JsonFlags)
 def _convert(manifest: Path, target: Path, how: _Read, family: FamilyFlags) -> None:
     """Write FILE, in whatever form it is, to TARGET in shardxform's own form."""
     family.load()
-    read = Manifest.load(manifest, _layout(how.model), sort=how.sort)
+    read = Manifest.load(manifest, _layout(how.model), sort=how.sort, step=how.step)
     try:
         with target.open("x", encoding="utf-8") as file:
             file.write(pretty(read.to_dict()))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from shardxform.base.file_system import FileSystem
+from shardxform.checkpoint.record import PROVENANCE
 from shardxform.cli.console import (
     count,
     gb,
@@ -125,8 +126,9 @@ def _show(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) ->
 
 def _notes(plan: Plan) -> Iterator[str]:
     yield from map(with_options, plan.notes)
-    if plan.unread:
-        yield f"not part of the model, not copied: {', '.join(plan.unread)}"
+    carried = {PROVENANCE} if plan.past.steps else set[str]()  # what it says is in the record of the output
+    if unread := [name for name in plan.unread if name not in carried]:
+        yield f"not part of the model, not copied: {', '.join(unread)}"
 
 
 def _lines(plan: Plan) -> Iterator[tuple[str, str]]:

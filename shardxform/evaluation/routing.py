@@ -8,12 +8,16 @@ those that stay; whether it spreads over them as their own tokens do, or floods 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from shardxform.base.strict_json import Fields
+from shardxform.checkpoint.history import steps_of
 from shardxform.checkpoint.identity import Identity, identify
-from shardxform.checkpoint.record import PROVENANCE, read_record
+from shardxform.checkpoint.record import PROVENANCE, RecordError, read_record
 from shardxform.checkpoint.table import Checkpoint
 
 __all__ = ["Load", "kept_ids", "load_of"]
@@ -88,14 +92,28 @@ def kept_ids(checkpoint: Checkpoint, reference: Checkpoint) -> Mapping[int, tupl
     if record is None:
         return None if read_record(reference.file(PROVENANCE)) else {}
     here = identify(reference)
-    for asked in (record.inputs, record.inputs.get("origin")):
-        source = Identity.from_dict(asked.get("source")) if isinstance(asked, Mapping) else None
-        if isinstance(asked, Mapping) and source is not None and not source.difference(here):
-            manifest = asked.get("manifest")
-            keep = manifest.get("keep", {}) if isinstance(manifest, Mapping) else {}
-            if isinstance(keep, Mapping) and all(_is_list(layer, ids) for layer, ids in keep.items()):
-                return {int(layer): tuple(ids) for layer, ids in keep.items()}
+    with contextlib.suppress(RecordError):
+        steps = steps_of(record)
+        for first, step in enumerate(steps):
+            source = Identity.from_dict(step.get("source"))
+            if source is not None and not source.difference(here):
+                return _kept_through(steps[first:])
     return None
+
+
+def _kept_through(steps: Sequence[Fields]) -> Mapping[int, tuple[int, ...]] | None:
+    """Ids that are left after steps, one after the other, in the numbering of the first; None where these are none."""
+    left: dict[int, tuple[int, ...]] = {}
+    for step in steps:
+        keep = step.section("manifest", "keep")
+        for layer, ids in keep.items():
+            if not _is_list(layer, ids):
+                return None
+            known, wanted = left.get(int(layer)), tuple(cast(list[int], ids))
+            if known and max(wanted, default=0) >= len(known):
+                return None
+            left[int(layer)] = tuple(known[one] for one in wanted) if known else wanted
+    return left
 
 
 def _is_list(layer: object, ids: object) -> bool:

@@ -289,6 +289,7 @@ def _run(output: Output, options: RunOptions, started_over: bool = False) -> _Lo
                 output.clean()
         return None
     refuse_obstacles(output.root, output.plan)
+    output.plan.refuse_other_values()
     beside = options.pool or options.tuner
     output.refuse_too_little_space(output.plan.work_bytes + (beside.work_bytes if beside else 0))
     if options.pool:

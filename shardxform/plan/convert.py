@@ -13,8 +13,8 @@ from typing import Any, Final, cast
 
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
+from shardxform.checkpoint.history import past_of
 from shardxform.checkpoint.identity import identity_when_asked
-from shardxform.checkpoint.record import PROVENANCE, Record, read_record
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declared_in, declares, method_of, with_declared
@@ -150,7 +150,7 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
     moved = [ref for ref in plain.values() if isinstance(ref, Encoded)]
     computed = (*_moved(shards, moved), *_steps(shards, weights, stacks, encoding))
     steps: tuple[Step, ...] = (*copy_steps(shards, copied), *computed)
-    sidecars = sidecar_digests(source)
+    sidecars, past = sidecar_digests(source), past_of(source)
     plan = Plan(
         command="convert",
         source=source.root,
@@ -164,8 +164,9 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
         identity=identity_when_asked(source),
         stated=_stated(source, target, options, sidecars, scheme),
         summary=_summary(source, view, stored, selection, shards, scheme),
-        notes=(*_notes(stored, target), *view.notes, *told),
+        notes=(*_notes(stored, target), *view.notes, *told, *past.notes),
         unread=source.unread,
+        past=past,
     )
     plan.check()
     return plan
@@ -173,10 +174,8 @@ def plan_convert(source: Checkpoint, target: Target, options: ConvertOptions | N
 
 def _plan_gguf(source: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
     """Plan a GGUF file of all that a checkpoint holds."""
-    origin = _origin(source)
-    beside = {"target": asdict(target), **({"origin": origin} if origin else {})}
     asked = ViewOptions(max_shard_bytes=options.max_shard_bytes, gguf=options.gguf or GgufOptions())
-    return plan_stored("convert", source, None, asked, beside=beside)
+    return plan_stored("convert", source, None, asked, beside={"target": asdict(target)})
 
 
 def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options: ConvertOptions) -> Plan:
@@ -205,7 +204,7 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
     copied = {ref.name: ref for ref in tensors if not isinstance(ref, Encoded)}
     config = config_of_half(plain.config) if target.format == "fp16" else plain.config
     shards = lay_out(_specs(copied, weights, None), options.max_shard_bytes)
-    sidecars = sidecar_digests(source)
+    sidecars, past = sidecar_digests(source), past_of(source)
     count = len(plain.tensors) - sum(not isinstance(ref, Encoded) for ref in plain.tensors.values())
     plan = Plan(
         command="convert",
@@ -226,8 +225,13 @@ def _plan_decoded(source: Checkpoint, plain: Checkpoint, target: Target, options
             "copied": len(copied),
             "converted_modules": count,
         },
-        notes=(f"{count:,} weight matrices in {' and '.join(kinds)} become {_HALVES[target.format]}", *view.notes),
+        notes=(
+            f"{count:,} weight matrices in {' and '.join(kinds)} become {_HALVES[target.format]}",
+            *view.notes,
+            *past.notes,
+        ),
         unread=source.unread,
+        past=past,
     )
     plan.check()
     return plan
@@ -397,12 +401,10 @@ def _stated(
 ) -> dict[str, Any]:
     """What the bytes depend on, by name, but for the source's values.
 
-    `scheme.grid.scale_grid` is what a later conversion looks for.
-
-    `origin` is what the source's own record says of its making, and which blocks were healed: with it, `verify` can
-    prove the output against the checkpoint that was quantized as well as against the one that was converted.
+    `scheme.grid.scale_grid` is what a later conversion looks for. What the source's own record says of its making is
+    carried on beside it: with that `verify` can prove the output against the checkpoint that was quantized as well as
+    against the one that was converted.
     """
-    origin = _origin(source)
     return {
         "command": "convert",
         "options": {"max_shard_bytes": options.max_shard_bytes},
@@ -410,41 +412,8 @@ def _stated(
         "source": {"sidecars": dict(sidecars)},
         **family_origin(source.config),
         **({"scheme": scheme.facts()} if scheme else {}),
-        **({"origin": origin} if origin else {}),
         computing.KEY: computing.of_rounding(),
     }
-
-
-def _origin(source: Checkpoint) -> dict[str, Any]:
-    """`inputs` of the source's shardxform.json, or those of the checkpoint that it was itself converted from."""
-    record = read_record(source.file(PROVENANCE))
-    if record is None:
-        return {}
-    found = record.inputs
-    if isinstance(found.get("origin"), dict):
-        found = found["origin"]
-    elif found:
-        found = {**found, **dict(_told(record))}
-    kept = ("facts", "manifest", "options", "recipe", "scheme", "source", "summary")
-    return {key: found[key] for key in kept if isinstance(found.get(key), dict)}
-
-
-_HEALED: Final = ("what", "merged")  # which of a block's tensors were changed
-
-
-def _told(record: Record) -> Iterator[tuple[str, Any]]:
-    """What of a record must not be lost beside its inputs: blocks that were healed, how large the source was."""
-    blocks, summary = record.facts.get("blocks"), record.summary
-    listed = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
-    if healed := [
-        {"layer": block["layer"], "healed": {key: block["healed"][key] for key in _HEALED if key in block["healed"]}}
-        for block in listed
-        if type(block.get("layer")) is int and isinstance(block.get("healed"), dict) and "what" in block["healed"]
-    ]:
-        yield "facts", {"blocks": healed}
-    counts = ("bytes_before", "experts_before")
-    if known := {key: summary[key] for key in counts if type(summary.get(key)) is int}:
-        yield "summary", known
 
 
 def _summary(

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
-from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest import Manifest, chosen_by
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.gguf import KeyValue, Kind
 from shardxform.base.tensors import BLOCKS, ByteRange, TensorRef, TensorSpec, coalesce, natural_key
+from shardxform.checkpoint.history import past_of
 from shardxform.checkpoint.identity import Identity, identity_when_asked
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import Checkpoint
@@ -313,6 +314,7 @@ class GgufFiles:
         blocks = None
         if recipe:
             blocks = Blocks(recipe, block_sizes(as_weights(source), self.view), merged_into(self.view, recipe))
+        past = past_of(source)
         plan = Plan(
             command=str(stated["command"]),
             source=source.root,
@@ -327,8 +329,9 @@ class GgufFiles:
             identity=identity,
             stated=stated,
             summary=summary,
-            notes=notes,
+            notes=(*notes, *past.notes),
             unread=source.unread,
+            past=past,
         )
         plan.check()
         return plan
@@ -472,6 +475,7 @@ def plan_stored(
     }
     summary = {
         **view_summary(source, draft.view),
+        **chosen_by(manifest),
         "tensors_after": len(draft.contents.written),
         "copied": draft.contents.copies,
         **({"healed": len(draft.contents.healed)} if recipe else {}),

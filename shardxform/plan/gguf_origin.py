@@ -12,6 +12,7 @@ from typing import Any, Final
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
 from shardxform.ask.recipe import HEALED, Heal, Recipe
 from shardxform.checkpoint.gguf import GgufModel
+from shardxform.checkpoint.history import origin_of, put_together, steps_since
 from shardxform.checkpoint.identity import Identity, config_sha256, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import Checkpoint
@@ -47,11 +48,30 @@ class Redraft:
     crossing: frozenset[str]
 
 
-def inputs_for(source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False) -> Mapping[str, object]:
-    """Those of a converted output also tell how what was converted had been made, which counts for another source."""
-    origin, recorded = inputs.get("origin"), inputs.get("source")
+def inputs_for(
+    source: Checkpoint, inputs: Mapping[str, object], *, packed: bool = False, facts: object = None
+) -> Mapping[str, object]:
+    """Inputs of a record as they hold for a source: what it was made of, or what that was made of.
+
+    Those of a converted output also tell how what was converted had been made, which counts for another source. Where
+    several steps lie between, they are put together as if one had done them all.
+
+    Args:
+        source: what is compared with.
+        inputs: of the record.
+        packed: whether the source has the integers that the output has.
+        facts: of the record.
+
+    Raises:
+        CheckpointError: steps lie between that are not put together.
+
+    """
+    origin, recorded = origin_of(inputs), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
-    return inputs if direct or packed or not isinstance(origin, Mapping) else {**inputs, **origin}
+    between = [] if direct or packed else steps_since(source, inputs, facts)
+    if sum(step.get("command") != "convert" for step in between) > 1:
+        return {**inputs, **put_together(source, between)}
+    return inputs if direct or packed or origin is None else {**inputs, **origin}
 
 
 def redraft(

@@ -7,8 +7,9 @@ more of them.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, Literal
 
 from shardxform.ask.width import Width
 from shardxform.base.tensors import FLOATS, TensorRef
@@ -55,12 +56,19 @@ def _counts(layout: Layout) -> list[str]:
         PlanError: something else than experts is as wide as a routed one.
 
     """
-    family, found = layout.family, dict[str, None]()
+    family, found, follows = layout.family, dict[str, None](), _following(layout)
     for template in _templates(layout):
         if template.is_expert_weight:
             continue
         for size in template.shape.split(","):
-            if _SYMBOL not in re.split(r"[+*]", size):
+            symbols = re.split(r"[+*]", size)
+            if follows.intersection(symbols):
+                key = family.symbols[_SYMBOL]
+                raise PlanError(
+                    f"`width`: '{template.name}' of family {family.name} is as wide as {key} says, where config.json"
+                    " has no number of its own for it"
+                )
+            if _SYMBOL not in symbols:
                 continue
             others = [symbol for symbol in size.split("*") if symbol != _SYMBOL]
             count = family.symbols.get(others[0]) if len(others) == 1 else None
@@ -69,6 +77,27 @@ def _counts(layout: Layout) -> list[str]:
                 raise PlanError(f"`width`: {key} of family {family.name} is also the width of '{template.name}'")
             found[count] = None
     return list(found)
+
+
+def _following(layout: Layout) -> set[str]:
+    """Symbols of other sizes that are worked out of the width of experts, as this config has it."""
+    key = layout.family.symbols[_SYMBOL]
+    found = value_at(layout.text, str(key))
+    if type(found) is not int or "." in str(key):
+        return set()
+    other = {**layout.text, str(key): found + 1}
+    return {
+        name
+        for name, symbol in layout.family.symbols.items()
+        if callable(symbol) and _value(symbol, layout.text) != _value(symbol, other)
+    }
+
+
+def _value(symbol: Callable[[Mapping[str, Any]], int], config: Mapping[str, Any]) -> object:
+    """A size; None where the config does not lead to one, which is told where shapes are looked at."""
+    with suppress(ArithmeticError, LookupError, TypeError, ValueError):
+        return symbol(config)
+    return None
 
 
 def _changes(layout: Layout, width: Width) -> dict[tuple[str, ...], int]:

@@ -18,6 +18,7 @@ from shardxform.base import tensors
 from shardxform.base.digests import CHUNK_BYTES, Chunks, runs_of
 from shardxform.base.strict_json import dumps, pretty, pretty_strings
 from shardxform.base.tensors import ByteRange, TensorRef, TensorSpec, natural_key, shard_names, split
+from shardxform.checkpoint.history import NO_PAST, Past
 from shardxform.checkpoint.identity import Identity, identify
 from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Shard
 from shardxform.errors import PlanError
@@ -187,6 +188,7 @@ class Plan:
         unread: files of the source that are no part of the model, and not copied; no part of the plan's identity.
         container: what the shards are: those of safetensors have an index and config.json beside them, those of GGUF
             say all in their heads.
+        past: how the source was made, where it is an output of ours.
         source_name: of the file in `source` that is the source, or begins it, where that is not the whole directory.
 
     """
@@ -206,6 +208,7 @@ class Plan:
     unread: tuple[str, ...] = ()
     remote: Remote | None = None
     container: Container = "safetensors"
+    past: Past = field(default=NO_PAST, repr=False)
     source_name: str = ""
 
     @property
@@ -235,10 +238,17 @@ class Plan:
         """What the bytes depend on, by name; compared to say why a resume is refused.
 
         Raises:
-            CheckpointError: a shard of the source cannot be read.
+            CheckpointError: a shard of the source cannot be read, or is not what the source's own record says.
 
         """
-        return {**self.stated, "source": {**self.identity().to_dict(), **self.stated["source"]}}
+        identity = self.identity()
+        if not self.remote:
+            self.past.refuse_other(self.source, self.source_shards, identity, self.origin)
+        return {**self.stated, "source": {**identity.to_dict(), **self.stated["source"]}, **self.past.stated}
+
+    def refuse_other_values(self) -> None:
+        """Look at the source's values, before anything is written; raises like `inputs`."""
+        assert self.inputs
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest import Manifest, chosen_by
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, uncollected
+from shardxform.checkpoint.history import past_of
 from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import PlanError
@@ -67,7 +68,7 @@ def plan_prune(
         written = mlx.whole(view.checkpoint, view.layout)
     tensors = written.tensors
     shards = lay_out((ref.spec for ref in tensors.values()), options.max_shard_bytes)
-    sidecars, identity = sidecar_digests(view.checkpoint), identity_when_asked(source)
+    sidecars, identity, past = sidecar_digests(view.checkpoint), identity_when_asked(source), past_of(source)
     blocks: tuple[TuneBlock, ...] = ()
     if recipe:
         from shardxform.plan.steps import heal_steps
@@ -93,9 +94,10 @@ def plan_prune(
             **view_stated("prune", source, manifest, options, sidecars, identity),
             **({"recipe": recipe.facts(), computing.KEY: computing.of_model(recipe.device)} if recipe else {}),
         },
-        summary={**view_summary(source, view), **({"healed": len(moved)} if recipe else {})},
-        notes=view.notes,
+        summary={**view_summary(source, view), **chosen_by(manifest), **({"healed": len(moved)} if recipe else {})},
+        notes=(*view.notes, *past.notes),
         unread=source.unread,
+        past=past,
     )
     plan.check()
     return plan

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
-from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest import Manifest, chosen_by
 from shardxform.ask.recipe import Recipe
 from shardxform.base import computing
 from shardxform.base.tensors import TensorRef, TensorSpec, uncollected
+from shardxform.checkpoint.history import past_of
 from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import SchemeError
@@ -131,7 +132,7 @@ def plan_quantize(
         config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
         told = tuple(mlx.notes_of(view.source_layout, config))
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
-    sidecars, identity = sidecar_digests(view.checkpoint), identity_when_asked(source)
+    sidecars, identity, past = sidecar_digests(view.checkpoint), identity_when_asked(source), past_of(source)
     plan = Plan(
         command="quantize",
         source=source.root,
@@ -149,9 +150,13 @@ def plan_quantize(
             **({"recipe": recipe.facts()} if recipe else {}),
             computing.KEY: computing.of_model(recipe.device) if recipe else computing.of_rounding(),
         },
-        summary=_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
-        notes=(*view.notes, *_decoded_notes(selection, kept, scheme), *_misfit_notes(selection), *told),
+        summary={
+            **_summary(source, view, selection, scheme_inputs(scheme, recipe), len(specs), len(unchanged)),
+            **chosen_by(manifest),
+        },
+        notes=(*view.notes, *_decoded_notes(selection, kept, scheme), *_misfit_notes(selection), *told, *past.notes),
         unread=source.unread,
+        past=past,
     )
     plan.check()
     return plan
@@ -177,7 +182,7 @@ def _plan_gguf(
         recipe,
         identity=identity,
         stated=stated,
-        summary=_summary(source, draft.view, selection, told, stored, copied),
+        summary={**_summary(source, draft.view, selection, told, stored, copied), **chosen_by(manifest)},
         notes=(
             *draft.view.notes,
             *_decoded_notes(selection, {}, scheme),

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from shardxform.ask.experts import Pruned
-from shardxform.ask.manifest import Manifest
+from shardxform.ask.manifest import Manifest, chosen_by
 from shardxform.base.gguf import KeyValue
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.gguf import SPLIT_KEYS, GgufModel
+from shardxform.checkpoint.history import past_of
 from shardxform.checkpoint.identity import identity_when_asked
 from shardxform.errors import ManifestError, PlanError, ShardxformError
 from shardxform.plan.gguf_files import gguf_names, gguf_shard, lay_out_gguf
@@ -113,7 +114,7 @@ def plan_prune_gguf(model: GgufModel, manifest: Manifest, max_shard_bytes: int |
     identity = identity_when_asked(model.table)
     manifest.refuse_other_source(identity, model.table.shards)
     shards = _shards(model, pruned, max_shard_bytes)
-    before, keep = model.table, manifest.to_dict()
+    before, keep, past = model.table, manifest.to_dict(), past_of(model.table)
     view = replace(before, tensors=pruned.tensors)
     plan = Plan(
         command="prune",
@@ -133,9 +134,10 @@ def plan_prune_gguf(model: GgufModel, manifest: Manifest, max_shard_bytes: int |
             "manifest": {key: keep[key] for key in ("keep", "mtp_keep") if keep.get(key)},
             "source": {"sidecars": {}},
         },
-        summary=_summary(model, pruned, manifest.num_kept),
-        notes=tuple(_notes(model)),
+        summary={**_summary(model, pruned, manifest.num_kept), **chosen_by(manifest)},
+        notes=(*_notes(model), *past.notes),
         unread=before.unread,
+        past=past,
         container="gguf",
     )
     plan.check()

@@ -19,7 +19,8 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.file_system import not_a_directory
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
-from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.history import refuse_way
+from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import Checkpoint, stopped
 from shardxform.errors import CheckpointError, SchemeError, UnknownFamilyError
 from shardxform.formats.config_names import QUANTIZATION
@@ -93,6 +94,8 @@ def verify(
         raise CheckpointError(f"{root}: expected the checkpoint that it was made from as source, found itself")
     if independent and (origin is None or origin.remote):
         raise CheckpointError(f"{root}: an independent check reads the source itself, and needs it on this machine")
+    if independent and origin:
+        refuse_way(origin, read_record(root / PROVENANCE))
     from shardxform.verification.source import Options  # what compares is loaded with it
 
     given = Options(manifest=manifest, text_only=text_only, mtp=mtp, tolerance=tolerance)
@@ -170,14 +173,12 @@ def _verify_gguf(
 
 def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings) -> int:
     """Compare by code of its own; gives the number of weights."""
+    from shardxform.model.layout import layout_of
     from shardxform.verification.independent import check_independently
 
-    manifest = given.manifest
-    if manifest is not None:
-        manifest = manifest if isinstance(manifest, Manifest) else Manifest.load(manifest)
-        kept = {name: {str(layer): list(ids) for layer, ids in getattr(manifest, name).items()} for name in _LISTS}
+    lists = given.lists(layout_of(origin.config, origin.tensors)) if given.manifest is not None else None
     options = {"text_only": given.text_only, "mtp": given.mtp}
-    return check_independently(root, origin.root, findings, kept if manifest is not None else None, **options)
+    return check_independently(root, origin.root, findings, lists, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,7 +259,6 @@ def _check_family(root: Path, checkpoint: Checkpoint, record: Mapping[str, objec
         findings.warn("family", PROVENANCE, f"made with another text of {origin} than that of {next(iter(found))}")
 
 
-_LISTS: Final = ("keep", "mtp_keep")
 _FIGURES: Final = (
     "bytes_scanned",
     "bytes_compared",

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 __all__ = [
     "SMALL",
     "Moved",
+    "Narrowed",
     "PackedWeight",
     "Shifted",
     "Small",
@@ -155,6 +156,11 @@ class PackedWeight:
     moved: Moved | None = None
 
     @property
+    def decoded(self) -> bool:
+        """Whether its values are worked out from small floats."""
+        return False
+
+    @property
     def size(self) -> tuple[int, int]:
         """Rows and columns."""
         rows = self.shape[0] if self.part else sum(number for _, number in self.rows)
@@ -270,6 +276,11 @@ class Small(PackedWeight):
     turned: bool = False
     scales_turned: bool = False
 
+    @property
+    def decoded(self) -> bool:
+        """As its class is for."""
+        return True
+
     def values(self, start: int, stop: int) -> NDArray[np.float32]:
         """A run of rows, by the definition of the format."""
         assert self.factors is not None
@@ -283,6 +294,52 @@ class Small(PackedWeight):
             size = floats(np.asarray(whole.array()), whole.dtype).reshape(-1)[0]
             scales = scales * size if whole is self.times else scales / size
         return numbers * spread(scales, rows, numbers.shape[1], self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed(PackedWeight):
+    """Some rows, or some columns, of another weight, however that is stored: those `picked`, in that order."""
+
+    whole: PackedWeight | None = None
+    picked: tuple[int, ...] = ()
+    axis: int = 0
+
+    @classmethod
+    def of(cls, whole: PackedWeight, picked: tuple[int, ...], axis: int) -> Narrowed:
+        """Take rows, with `axis` 0, or columns out of a weight."""
+        shape = (*whole.shape[:axis], len(picked), *whole.shape[axis + 1 :])
+        new = cls(whole.name, whole.tensor, shape, ((0, shape[0]),), whole.scales, whole.bits, whole.group)
+        return replace(new, moved=whole.moved, whole=whole, picked=picked, axis=axis)
+
+    @property
+    def decoded(self) -> bool:
+        """As the whole."""
+        return self.whole is not None and self.whole.decoded
+
+    def bits_of(self, start: int, stop: int) -> NDArray[Any]:
+        """Bits of a run of rows of a plain weight."""
+        assert self.whole is not None
+        return self._taken(self.whole.bits_of(*self._run(start, stop)), start, stop)
+
+    def values(self, start: int, stop: int) -> NDArray[np.float32]:
+        """A run of rows."""
+        assert self.whole is not None
+        return self._taken(self.whole.values(*self._run(start, stop)), start, stop)
+
+    def codes(self, start: int, stop: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Codes less the zero point, and the scale of each, of a run of rows of a quantized weight."""
+        assert self.whole is not None
+        codes, scale = self.whole.codes(*self._run(start, stop))
+        return self._taken(codes, start, stop), self._taken(scale, start, stop)
+
+    def _run(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows of the whole that must be read."""
+        rows = self.picked[start:stop]
+        return (min(rows), max(rows) + 1) if self.axis == 0 else (start, stop)
+
+    def _taken(self, found: NDArray[Any], start: int, stop: int) -> NDArray[Any]:
+        picked = np.array(self.picked if self.axis else self.picked[start:stop])
+        return np.asarray(found[:, picked] if self.axis else found[picked - picked.min()])
 
 
 def _renumbered_row(row: list[int], keep: tuple[int, ...]) -> list[int]:

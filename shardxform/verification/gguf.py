@@ -108,14 +108,14 @@ def made_of(source: Checkpoint, record: Mapping[str, object], given: Given, find
     """
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
-    asked = inputs_for(source, inputs)
+    asked = inputs_for(source, inputs, facts=record.get("facts"))
     check_origin(source, asked, findings)
     manifest = _manifest(source, asked, given, findings)
     if isinstance(manifest, str):
         return None
     found = redraft(source, inputs, manifest, text_only=given.text_only, mtp=given.mtp)
     draft, scheme, recipe = found.draft, found.scheme, found.recipe
-    changed = healed_by(draft.view, {"recipe": asked.get("recipe"), "facts": record.get("facts")})
+    changed = healed_by(draft.view, {"recipe": asked.get("recipe"), "facts": asked.get("facts", record.get("facts"))})
     kept = [name for name in draft.contents.healed if name in changed]
     contents = draft.contents
     if recipe and len(kept) < len(contents.healed):  # some blocks stayed as they were pruned

@@ -66,6 +66,8 @@ def check_gguf_independently(
     try:
         ours = [reader(path) for path in files]
         kept = manifest or json.loads((files[0].parent / "shardxform.json").read_bytes())["inputs"]["manifest"]
+        if kept.get("width"):
+            raise ValueError("width: channels are not taken out of a GGUF file")
         layers, arch = _layers_of(theirs)
         differing = list(_differing(_tensors(ours), _tensors(theirs), kept, layers))
         differing += _other_keys(_keys(ours), _keys(theirs), arch, kept["keep"])
@@ -166,7 +168,6 @@ def check_gguf_of_weights(
 
     Raises:
         CheckpointError: the source cannot be read, or there is no `gguf` package.
-        PlanError: it was made in a way that is not derived here.
 
     """
     package, path = vocabulary(), files[0].parent / "shardxform.json"
@@ -177,10 +178,7 @@ def check_gguf_of_weights(
         file = _File.of(readers, package)
         compared = sum(file.compare(name, weight, wanted) for name, weight in wanted.named.items())
         file.problems += file.uncovered()
-        if file.counts("expert_count") != wanted.experts:
-            file.problems.append(
-                (f"{file.arch}.expert_count", f"{file.counts('expert_count')}, but {wanted.experts} stay")
-            )
+        file.problems += file.wrong_counts(wanted)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
         findings.problem(_CODE, ".", f"cannot be compared: {e}")
         return 0
@@ -225,6 +223,7 @@ _NO_WEIGHTS: Final = (
     *("mm_projector.", "model.embed_vision.", "model.vision_tower.", "model.visual.", "multi_modal_projector."),
     *("audio_tower.", "code2wav.", "talker.", "vision_model.", "vision_tower.", "visual."),
 )
+_CHANNELS: Final = ("expert_feed_forward_length", "feed_forward_length")  # of experts: the first that is there
 _MADE: Final = ("rope_freqs.weight",)  # of nothing that is stored
 _FAR: Final = {"Q4_0": 0.16, "Q4_1": 0.14, "Q5_0": 0.08, "Q5_1": 0.07, "Q8_0": 0.02, "Q4_K": 0.14, "Q5_K": 0.07}
 _FARTHER: Final = {"Q6_K": 0.04, "IQ4_NL": 0.15, "MXFP4": 0.2}
@@ -259,6 +258,14 @@ class _File:
         """A count of the architecture's; 0 where there is none."""
         found = self.keys.get(f"{self.arch}.{key}")
         return int(found.contents()) if found else 0
+
+    def wrong_counts(self, wanted: WantedWeights) -> Iterator[tuple[str, str]]:
+        """Numbers of experts, and of their channels, that are not those of what stays."""
+        if self.counts("expert_count") != wanted.experts:
+            yield f"{self.arch}.expert_count", f"{self.counts('expert_count')}, but {wanted.experts} stay"
+        key = next((key for key in _CHANNELS if f"{self.arch}.{key}" in self.keys), _CHANNELS[0])
+        if wanted.channels is not None and self.counts(key) != wanted.channels:
+            yield f"{self.arch}.{key}", f"{self.counts(key)}, but experts keep {wanted.channels} channels"
 
     @property
     def layers(self) -> int:

@@ -20,9 +20,11 @@ from shardxform.base.gguf import KeyValue
 from shardxform.base.progress import Progress, peak_rss_bytes
 from shardxform.base.tensors import uncollected
 from shardxform.checkpoint.gguf import GgufModel, open_gguf
-from shardxform.checkpoint.record import PROVENANCE
+from shardxform.checkpoint.history import put_together, refuse_way, steps_since
+from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import WORK, Checkpoint, find_gguf
 from shardxform.errors import CheckpointError, ManifestError, ShardxformError
+from shardxform.model.layout import layout_of
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.slabs import PrunedGguf, pruned_gguf, pruned_of_slabs
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
@@ -72,6 +74,8 @@ def verify_gguf(
     started, findings = time.monotonic(), Findings()
     if independent and (source is None or (source.table if isinstance(source, GgufModel) else source).remote):
         raise CheckpointError(f"{out}: an independent check reads the source itself, and needs it on this machine")
+    if independent and isinstance(source, Checkpoint):
+        refuse_way(source, read_record((out if out.is_dir() else out.parent) / PROVENANCE))
     seen = _look(out, source, given or Options(), findings)
     figures: Mapping[str, Any] = dict.fromkeys(_FIGURES, 0)
     compared: frozenset[str] = frozenset()
@@ -103,16 +107,16 @@ def _rederive(model: GgufModel, source: GgufModel | Checkpoint, given: Options, 
     """Compare by code of its own; gives the number of tensors, or of weights."""
     from shardxform.verification import independent_gguf as own
 
-    lists = None
-    if given.manifest is not None:
-        manifest = given.manifest if isinstance(given.manifest, Manifest) else Manifest.load(given.manifest)
-        named = {"keep": manifest.keep, "mtp_keep": manifest.mtp_keep}
-        lists = {name: {str(layer): list(ids) for layer, ids in each.items()} for name, each in named.items()}
     files = [model.table.root / shard.name for shard in model.table.shards]
     if isinstance(source, Checkpoint):
+        from shardxform.plan.gguf import as_weights
+
         told = {"text_only": given.text_only, "mtp": given.mtp}
+        weights = as_weights(source)
+        lists = given.lists(layout_of(weights.config, weights.tensors))
         return own.check_gguf_of_weights(files, source.root, findings, lists, **told)
     sources = [source.table.root / shard.name for shard in source.table.shards]
+    lists = given.lists(pruned_of_slabs(slabs_of(source.metadata, source.table.tensors, source.where)))
     return own.check_gguf_independently(files, sources, findings, lists)
 
 
@@ -208,6 +212,8 @@ def _wanted(
 ) -> PrunedGguf | None:
     """What the output must hold; None when what OUT records does not lead to it."""
     of = pruned_of_slabs(slabs_of(source.metadata, source.table.tensors, source.where))
+    if len(steps := steps_since(source.table, inputs, None)) > 1:
+        put_together(source.table, steps)
     _check_origin(source, inputs, findings)
     if given is not None:
         manifest = given if isinstance(given, Manifest) else Manifest.load(given, of)

@@ -170,7 +170,7 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     inputs = record.get("inputs")
     inputs = inputs if isinstance(inputs, Mapping) else {}
     packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored, inputs)
-    asked = inputs_for(source, inputs, packed=packed is not None)
+    asked = inputs_for(source, inputs, packed=packed is not None, facts=record.get("facts"))
     return Known(stored, packed, {"facts": record.get("facts"), **asked})
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "Origin",
     "PruningFacts",
     "QuantizationFacts",
+    "StepFacts",
     "TaskFacts",
 ]
 
@@ -189,13 +190,43 @@ class QuantizationFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepFacts:
+    """One of the steps by which an output came about.
+
+    Attributes:
+        command: the verb.
+        place: where `shardxform.json` tells of it.
+        nbytes: of all tensors, before and after; None where that is not known.
+        experts: routed experts per layer, likewise.
+        pruning, healing, quantization: None where nothing was pruned, healed or rounded in it; figures of the
+            quantization are those that were asked for.
+        target: format that a conversion wrote; empty where the record does not say.
+        dropped: parts of its source that were left out.
+        made_by: what computed, with versions.
+
+    """
+
+    command: str
+    place: str
+    nbytes: Change | None = None
+    experts: Change | None = None
+    pruning: PruningFacts | None = None
+    healing: HealingFacts | None = None
+    quantization: QuantizationFacts | None = None
+    target: str = ""
+    dropped: tuple[str, ...] = ()
+    made_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationFacts:
     """What `evaluate --json` measured.
 
     Attributes:
         perplexity_error: its standard error, as `..._error` are of the other figures; None where it is not known.
         reference, kl, top1: None without a reference, or where they are not finite.
-        of_source: whether the reference is known to be what the output was made from.
+        of_source: whether the reference is known to be what the output was made from, directly or by way of others.
+        steps_before: by how many steps the reference had come about then; None where that is not known.
         ratio_error: of `ratio`.
         dtype: that it was computed in; empty where that is not known.
         block_errors: likewise, per block.
@@ -220,6 +251,7 @@ class EvaluationFacts:
     source: str = ""
     sources: tuple[EvaluationFacts, ...] = ()
     of_source: bool = False
+    steps_before: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -238,7 +270,7 @@ class TaskFacts:
         shots, documents: None where the harness does not say.
         limited: whether only so many documents of each task were asked.
         harness: its name and version.
-        of_source: as in `EvaluationFacts`.
+        of_source, steps_before: as in `EvaluationFacts`.
 
     """
 
@@ -253,6 +285,7 @@ class TaskFacts:
     limited: bool = False
     harness: str = ""
     of_source: bool = False
+    steps_before: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,11 +306,14 @@ class CardFacts:
         parameters, active: of the decoder with embeddings and output head, without MTP layers and vision tower; in
             all, and those that one token uses; None where the form of its weights does not tell.
         dropped: parts of the source that were left out.
-        pruning, healing, quantization: None where nothing was pruned, healed or quantized.
+        steps: how it came about, from the first source on; the last is its own.
+        pruning, healing: by all steps; of several that pruned or healed the last, with channels from the first on.
+        quantization: how its weights are stored; None where they are not quantized.
         evaluations: in the order given.
         tasks: likewise, a metric each.
         plots: names of pictures beside the card.
         commands: command lines that make the output again.
+        source: what they call the first source.
         gguf: names of the files of a model in GGUF; none of another.
         dequantized: the type that quantized weights were turned back into, "bfloat16" or "float16", or nothing.
         encodings: how quantized weights are stored that the source had quantized, most bytes first.
@@ -301,6 +337,7 @@ class CardFacts:
     parameters: Change | None
     active: Change | None
     dropped: tuple[str, ...] = ()
+    steps: tuple[StepFacts, ...] = ()
     pruning: PruningFacts | None = None
     healing: HealingFacts | None = None
     quantization: QuantizationFacts | None = None
@@ -308,6 +345,7 @@ class CardFacts:
     tasks: tuple[TaskFacts, ...] = ()
     plots: tuple[str, ...] = ()
     commands: tuple[tuple[str, ...], ...] = ()
+    source: str = ""
     dequantized: str = ""
     encodings: tuple[str, ...] = ()
     method: str = ""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import math
 import os
-import stat
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from shardxform.ask.manifest import Manifest
-from shardxform.base.file_system import not_a_directory
+from shardxform.base.file_system import not_a_directory, read_given
 from shardxform.base.strict_json import Fields, JsonError, parse_object
 from shardxform.base.tensors import BLOCKS
 from shardxform.calibration.options import MAX_SOURCES, is_source
 from shardxform.checkpoint.gguf import GgufModel, open_gguf
+from shardxform.checkpoint.history import steps_of
 from shardxform.checkpoint.identity import Identity, identify, names_of
-from shardxform.checkpoint.record import PROVENANCE, Record, read_record
+from shardxform.checkpoint.record import PROVENANCE, Record, RecordError, read_record
 from shardxform.checkpoint.table import Checkpoint, find_gguf
 from shardxform.errors import ManifestError, OutputError, PlanError
 from shardxform.execution.output import WORK, is_ours
@@ -30,20 +31,26 @@ from shardxform.formats.stored import Stored
 from shardxform.model.layout import layout_of
 from shardxform.plan.inspection import Parameters, encoding_names, parameters_of, stored_of
 from shardxform.publish.card.facts import (
-    BlockError,
     CardFacts,
     Change,
     Data,
     EvaluationFacts,
-    HealedBlock,
-    HealingFacts,
     Origin,
-    PruningFacts,
     QuantizationFacts,
+    StepFacts,
     TaskFacts,
 )
 from shardxform.publish.card.origin import is_model_name, origin_of
 from shardxform.publish.card.reproduction import commands
+from shardxform.publish.card.steps import (
+    NOT_TOLD,
+    data_of,
+    dequantized_by,
+    gather_steps,
+    is_pruned_by,
+    rounded_by,
+    summed_up,
+)
 from shardxform.publish.card.writing import is_card, picture_name, read_readme
 from shardxform.runtimes import as_family
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
@@ -52,9 +59,7 @@ __all__ = ["CardOptions", "gather", "read_evaluation", "read_tasks"]
 
 _LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md")
 _HEAD_BYTES: Final = 4096
-_RECIPE: Final = ("samples", "seqlen", "iters", "batch_size", "seed", "inputs", "device", "dtype")
-_FLOATS: Final = {"bf16": "bfloat16", "fp16": "float16"}
-_PARTS: Final = {"MTP layers": "MTP layers", "vision tower": "the vision tower"}
+_HUB: Final = re.compile(r"hf://([^@]+)@[0-9a-f]{40}", re.ASCII)
 _MAX_BYTES: Final = 16 << 20  # of an evaluation
 _MOST_TASKS: Final = 1000
 
@@ -98,12 +103,12 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
     stored = stored_of(checkpoint)
     layout = stored.layout if stored else layout_of(checkpoint.config, checkpoint.tensors, checkpoint.where)
     manifest = _manifest(options.manifest, record, out)
-    before = _experts_before(record, manifest, layout.num_experts)
-    top_k, width = layout.top_k, _width(record)
+    steps = gather_steps(record, checkpoint.nbytes, layout.num_experts, manifest)
+    (pruning, healing), before, top_k = summed_up(steps), _experts_before(steps), layout.top_k
+    width = pruning.channels if pruning else None
     total, active = _parameter_changes(parameters_of(checkpoint), width, before, layout.num_experts, top_k)
-    origin = _origin(out, checkpoint, options.base_model)
-    origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
-    name, dropped = out.resolve().name or "OUT", Fields(record.summary).section("dropped")
+    origin = _origin(out, checkpoint, record, options.base_model)
+    origins, source, name = _origins(record), _source_name(record, origin), out.resolve().name or "OUT"
     return CardFacts(
         name=name,
         command=record.asked.text("command"),
@@ -119,13 +124,14 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
         top_k=top_k,
         max_positions=Fields(layout.text).whole("max_position_embeddings") or 0,
         experts=Change(before, layout.num_experts),
-        nbytes=Change(_source_bytes(record), checkpoint.nbytes),
+        nbytes=Change(_bytes_before(steps), checkpoint.nbytes),
         parameters=total,
         active=active,
-        dropped=tuple(told for key, told in _PARTS.items() if dropped.whole(key)),
-        pruning=None if before == layout.num_experts and not width else _pruning(record, manifest),
-        healing=_healing(record),
-        quantization=_quantization(record, stored) if stored else None,
+        dropped=_dropped(steps),
+        steps=steps,
+        pruning=pruning,
+        healing=healing,
+        quantization=_quantization(steps, stored) if stored else None,
         evaluations=tuple(
             read_evaluation(path, checkpoint, origins) for path in options.evaluations if not _has_tasks(path)
         ),
@@ -133,8 +139,9 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
             each for path in options.evaluations if _has_tasks(path) for each in read_tasks(path, checkpoint, origins)
         ),
         plots=_plots(options.plots),
-        commands=commands(record, origin.base_model or "SRC", name),
-        dequantized=_FLOATS.get(record.asked.section("target").text("format"), ""),
+        commands=commands(record, source, name),
+        source=source,
+        dequantized="" if stored else dequantized_by(steps),
         encodings=() if stored else encoding_names(checkpoint),
         method=Fields(next((each for _, each in declarations(checkpoint.config)), {})).text("quant_method"),
     )
@@ -142,12 +149,13 @@ def gather(out: Path, options: CardOptions | None = None) -> CardFacts:
 
 def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufModel) -> CardFacts:
     """The same of an output in GGUF, which has no config: sizes are the file's own, names those that are recorded."""
-    slabs, table, summary = slabs_of(model.metadata, model.table.tensors, model.where), model.table, record.summary
+    slabs, table = slabs_of(model.metadata, model.table.tensors, model.where), model.table
     manifest, told = _manifest(options.manifest, record, out), Fields(record.summary)
-    before = _experts_before(record, manifest, slabs.num_experts)
-    origin = _origin(out, table, options.base_model)
-    origins = [found for made in (record.asked, record.before) if (found := Identity.from_dict(made.get("source")))]
-    name, dropped, width = out.resolve().name or "OUT", told.section("dropped"), _width(record)
+    steps = gather_steps(record, table.nbytes, slabs.num_experts, manifest)
+    (pruning, healing), before = summed_up(steps), _experts_before(steps)
+    width, rounded = pruning.channels if pruning else None, rounded_by(steps)
+    origin = _origin(out, table, record, options.base_model)
+    origins, source, name = _origins(record), _source_name(record, origin), out.resolve().name or "OUT"
     counts = _parameters_of(model, slabs)
     total, active = _parameter_changes(counts, width, before, slabs.num_experts, slabs.top_k)
     context = model.metadata.get(f"{slabs.arch}.context_length")
@@ -167,16 +175,18 @@ def _gather_gguf(out: Path, options: CardOptions, record: Record, model: GgufMod
         top_k=slabs.top_k,
         max_positions=positions if isinstance(positions, int) else 0,
         experts=Change(before, slabs.num_experts),
-        nbytes=Change(_source_bytes(record), table.nbytes),
+        nbytes=Change(_bytes_before(steps), table.nbytes),
         parameters=total,
         active=active,
-        dropped=tuple(told for key, told in _PARTS.items() if dropped.whole(key)),
-        pruning=None if before == slabs.num_experts and not width else _pruning(record, manifest),
-        healing=_healing(record),
-        quantization=_quantization_of(record, model) if record.first.section("scheme") else None,
+        dropped=_dropped(steps),
+        steps=steps,
+        pruning=pruning,
+        healing=healing,
+        quantization=_in_blocks(rounded, model) if rounded else None,
         evaluations=tuple(read_evaluation(path, table, origins) for path in texts),
         plots=_plots(options.plots),
-        commands=() if summary is None else commands(record, origin.base_model or "SRC", name),
+        commands=commands(record, source, name),
+        source=source,
         gguf=tuple(shard.name for shard in table.shards),
     )
 
@@ -198,15 +208,13 @@ def _parameters_of(model: GgufModel, slabs: Slabs) -> Parameters:
     return Parameters(shared=shared, routed=routed, router=router, apart=apart, reached=routed)
 
 
-def _quantization_of(record: Record, model: GgufModel) -> QuantizationFacts:
-    """How weights are stored in blocks, by the record."""
-    grid = record.first.section("scheme").section("grid")
+def _in_blocks(rounded: QuantizationFacts, model: GgufModel) -> QuantizationFacts:
+    """How weights are stored in blocks, of what the record says of their rounding."""
     tensors = [ref.spec for ref in model.table.tensors.values() if ref.spec.dtype in BLOCKS]
-    found = _rounding(record)
     return replace(
-        found,
-        bits=grid.whole("bits") or 4,
-        group_size=group if type(group := grid.get("group_size")) is int else 32,
+        rounded,
+        bits=rounded.bits or 4,
+        group_size=rounded.group_size or 32,
         format="gguf",
         modules=sum(math.prod(spec.shape[:-2]) for spec in tensors),
         types=tuple(sorted({spec.dtype for spec in tensors})),
@@ -227,45 +235,61 @@ def _record(out: Path) -> Record:
     for name, shard in record.shards.items():
         if name not in record.files or "/" in name or not is_ours(out / name, None, shard):
             raise OutputError(f"{out / name}: not as {PROVENANCE} has it; see `shardxform verify`")
+    try:
+        steps_of(record)
+    except RecordError as e:
+        raise OutputError(f"{out / PROVENANCE}: {e}") from e
     return record
 
 
-def _source_bytes(record: Record) -> int | None:
-    """Bytes of all tensors of the checkpoint that was pruned or quantized first, as every command counts them."""
-    summary = record.before.section("summary") if record.before else Fields(record.summary)
-    return summary.whole("bytes_before")
-
-
 def _manifest(path: Path | None, record: Record, out: Path) -> Manifest | None:
-    """The manifest given, which must be the one that was used: its reasons are published as OUT's."""
+    """The manifest given, which must be one that was used: its reasons are published as OUT's."""
     if path is None:
         return None
     manifest = Manifest.load(path)
-    recorded = record.first.section("manifest", "keep")
-    if not recorded:
+    pruned = [step for step in steps_of(record) if step.section("manifest", "keep")]
+    if not pruned:
         raise ManifestError(f"{path}: {out} was not pruned by a manifest, says its {PROVENANCE}")
+    if any(is_pruned_by(step, manifest) for step in pruned):
+        return manifest
+    recorded = pruned[-1].section("manifest", "keep")
     for layer, ids in manifest.keep.items():
         if recorded.get(str(layer)) != list(ids):
             raise ManifestError(f'{path}: keep["{layer}"]: not what {out} was pruned by, says its {PROVENANCE}')
-    if len(recorded) != len(manifest.keep):
-        raise ManifestError(f"{path}: {len(manifest.keep)} layers, but {out} was pruned in {len(recorded)}")
-    return manifest
+    raise ManifestError(f"{path}: {len(manifest.keep)} layers, but {out} was pruned in {len(recorded)}")
 
 
-def _experts_before(record: Record, manifest: Manifest | None, after: int) -> int | None:
-    """Experts per layer of the source; those of what came between are in a converted output's own summary."""
-    summary = record.before.section("summary") if record.before else Fields(record.summary)
-    before = summary.whole("experts_before")
-    if before is None and manifest:
-        before = Fields(manifest.model).whole("num_experts")
+def _experts_before(steps: Sequence[StepFacts]) -> int | None:
+    """Experts per layer of the first source; None where nobody knows."""
+    first, last = steps[0].experts, steps[-1].experts
+    before, after = (first and first.before), (last.after if last else 0)
     return before if before and before >= after else None
 
 
-def _width(record: Record) -> Change | None:
-    """Channels of every routed expert, before and after; None where all stayed."""
-    told = record.first.section("manifest", "width")
-    before, after = told.whole("of"), told.whole("channels")
-    return Change(before, after) if before and after else None
+def _bytes_before(steps: Sequence[StepFacts]) -> int | None:
+    """Bytes of all tensors of the first source, as every command counts them."""
+    return steps[0].nbytes.before if steps[0].nbytes else None
+
+
+def _dropped(steps: Sequence[StepFacts]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(each for step in steps for each in step.dropped))
+
+
+def _origins(record: Record) -> list[Identity | None]:
+    """What each step was made from; None where the record does not tell."""
+    return [Identity.from_dict(step.get("source")) for step in steps_of(record)]
+
+
+def _repository(record: Record) -> str:
+    """Where the first source was read from, `hf://owner/name@commit`, if it was on the hub."""
+    found = steps_of(record)[0].section("source").text("repository")
+    match = _HUB.fullmatch(found)
+    return found if match and is_model_name(match[1]) else ""
+
+
+def _source_name(record: Record, origin: Origin) -> str:
+    """What the first source is called in commands."""
+    return _repository(record) or origin.base_model or "SRC"
 
 
 def _parameter_changes(
@@ -291,56 +315,10 @@ def _parameter_changes(
     return total, Change(was.active(before, top_k) if before else None, counts.active(after, top_k))
 
 
-def _pruning(record: Record, manifest: Manifest | None) -> PruningFacts | None:
-    if manifest is None:
-        pruned = bool(record.first.section("manifest", "keep"))
-        return PruningFacts(channels=_width(record)) if pruned else None
-    told = Fields(manifest.provenance)
-    layers = told.section("layers")
-    return PruningFacts(
-        criterion=manifest.criterion if manifest.criterion.isprintable() else "",
-        tokens=told.whole("tokens"),
-        data=tuple(found for run in told.sections("runs") if (found := _data(run))),
-        saliency_kept=_shares(layers.get("saliency_kept")),
-        never_reached_kept=_sum(layers.get("never_reached_kept")),
-        channels=_width(record),
-    )
-
-
-def _shares(values: object) -> tuple[float, ...]:
-    """One share per layer; none when one of them is not known."""
-    listed = values if isinstance(values, list) else []
-    return tuple(listed) if all(isinstance(share, float | int) and 0 <= share <= 1 for share in listed) else ()
-
-
-def _sum(values: object) -> int | None:
-    known = isinstance(values, list) and values and all(type(count) is int for count in values)
-    return sum(values) if known and isinstance(values, list) else None
-
-
-def _healing(record: Record) -> HealingFacts | None:
-    """How pruned blocks were healed, as the record has it."""
-    recipe = record.first.section("recipe")
-    heal = recipe.section("heal")
-    if not heal:
-        return None
-    return HealingFacts(
-        what=heal.text("what"),
-        iters=heal.whole("iters"),
-        seconds=heal.whole("seconds") or 0,
-        batch_size=heal.whole("batch_size"),
-        data=_data(recipe.section("data")),
-        encoding=heal.text("encoding"),
-        extra=heal.whole("extra") or 0,
-        merge=heal.flag("merge"),
-        blocks=_healed_blocks(Fields(record.facts)),
-    )
-
-
-def _quantization(record: Record, stored: Stored) -> QuantizationFacts:
+def _quantization(steps: Sequence[StepFacts], stored: Stored) -> QuantizationFacts:
     """How weights are stored, as the headers have it, and how they came about, as the record has it."""
     return replace(
-        _rounding(record),
+        rounded_by(steps) or NOT_TOLD,
         bits=stored.scheme.grid.bits,
         group_size=stored.scheme.grid.group_size,
         format=stored.scheme.format,
@@ -350,33 +328,15 @@ def _quantization(record: Record, stored: Stored) -> QuantizationFacts:
     )
 
 
-def _rounding(record: Record) -> QuantizationFacts:
-    """How quantized weights came about."""
-    scheme, facts = record.first.section("scheme"), Fields(record.facts)
-    recipe = record.first.section("recipe") if scheme.text("method") == "auto-round" else Fields(None)
-    numbers = {key: found for key in _RECIPE if (found := recipe.whole(key)) is not None}
-    return QuantizationFacts(
-        bits=0,
-        group_size=0,
-        format="",
-        expert_names="split",
-        modules=0,
-        method=scheme.text("method"),
-        search=scheme.section("grid").flag("search"),
-        data=_data(recipe.section("data")),
-        recipe={**numbers, **{key: told for key in _RECIPE if (told := recipe.text(key))}},
-        blocks=_block_errors(facts),
-        judged_apart=_judged_apart(facts),
-    )
-
-
-def _origin(out: Path, checkpoint: Checkpoint, base_model: str) -> Origin:
-    """Whom the weights are from: as told, else as the card in OUT or the config says."""
+def _origin(out: Path, checkpoint: Checkpoint, record: Record, base_model: str) -> Origin:
+    """Whom the weights are from: as told, by an earlier card, by the record, by the source's card or the config."""
     card = read_readme(out)
     found = origin_of(card, _license_text(out), ours=is_card(card))
     config_name = checkpoint.config.get("_name_or_path")
     guessed = config_name if isinstance(config_name, str) and is_model_name(config_name) else ""
-    return replace(found, base_model=base_model or found.base_model or guessed)
+    repository = _repository(record).removeprefix("hf://").partition("@")[0]
+    told = (found.base_model, repository) if is_card(card) else (repository, found.base_model)
+    return replace(found, base_model=next(filter(None, (base_model, *told, guessed)), ""))
 
 
 def _license_text(out: Path) -> str:
@@ -396,77 +356,10 @@ def _plots(paths: Sequence[Path]) -> tuple[str, ...]:
     return names
 
 
-# -- tuned and healed blocks -------------------------------------------------------------------------------------------
-
-
-def _data(value: Fields) -> Data | None:
-    """Provenance of token windows; None when it names no data."""
-    name = value.text("data")
-    if not name:
-        return None
-    return Data(
-        name=name,
-        samples=value.whole("samples"),
-        seqlen=value.whole("seqlen"),
-        tokens=value.whole("tokens"),
-        content=value.text("revision") or value.text("sha256"),
-        sources=tuple(filter(is_source, value.texts("sources"))),
-    )
-
-
-def _block_errors(facts: Fields) -> tuple[BlockError, ...]:
-    """What tuning the rounding recorded of every block, in the order of the blocks."""
-    out: dict[int, BlockError] = {}
-    for layer, found in _blocks(facts):
-        if "rtn_error" not in found and "rounded_to_nearest" not in found:
-            continue  # it was healed only
-        unreached = found.get("experts_never_reached")
-        out[layer] = BlockError(
-            layer=layer,
-            rounded=found.number("rtn_error"),
-            tuned=found.number("tuned_error"),
-            ratio_error=found.number("ratio_standard_error"),
-            never_reached=len(unreached) if isinstance(unreached, list) else 0,
-        )
-    return tuple(out[layer] for layer in sorted(out))
-
-
-def _judged_apart(facts: Fields) -> bool | None:
-    """Whether errors of tuned blocks are those on text that was not tuned on; None where one of them does not say."""
-    found = [block.section("judged_on").get("held_out") for _, block in _blocks(facts) if "tuned_error" in block]
-    return all(found) if found and all(isinstance(each, bool) for each in found) else None
-
-
-def _healed_blocks(facts: Fields) -> tuple[HealedBlock, ...]:
-    """What healing recorded of every block, in the order of the blocks."""
-    out: dict[int, HealedBlock] = {}
-    for layer, found in _blocks(facts):
-        if healed := found.section("healed"):
-            before, after = healed.number("pruned_error"), healed.number("healed_error")
-            error = healed.number("ratio_standard_error")
-            out[layer] = HealedBlock(
-                layer=layer,
-                pruned=before,
-                healed=after,
-                what=healed.text("what"),
-                ratio_error=error,
-                iters=healed.whole("iters"),
-                merged=healed.number("merged") or 0.0,
-            )
-    return tuple(out[layer] for layer in sorted(out))
-
-
-def _blocks(facts: Fields) -> Iterator[tuple[int, Fields]]:
-    for block in facts.sections("blocks"):
-        layer = block.whole("layer")
-        if layer is not None:
-            yield layer, block
-
-
 # -- evaluations -------------------------------------------------------------------------------------------------------
 
 
-def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> EvaluationFacts:
+def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity | None] = ()) -> EvaluationFacts:
     """Read one evaluation.
 
     Args:
@@ -481,14 +374,15 @@ def read_evaluation(path: Path, checkpoint: Checkpoint, origins: Sequence[Identi
 
     """
     value = _object(path)
-    data = _data(value.section("data"))
+    data = data_of(value.section("data"))
     if data is None:
         raise _malformed(path, "data")
     found = _figures(path, value, data)
     errors, sources = _errors(path, value.section("against")), _sources(path, value, data)
     _refuse_other(path, value, checkpoint)
-    of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
-    return replace(found, block_errors=errors, sources=sources, of_source=of_source)
+    before = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
+    of_source = before is not None
+    return replace(found, block_errors=errors, sources=sources, of_source=of_source, steps_before=before)
 
 
 def _has_tasks(path: Path) -> bool:
@@ -496,7 +390,7 @@ def _has_tasks(path: Path) -> bool:
     return "tasks" in _object(path)
 
 
-def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] = ()) -> Iterator[TaskFacts]:
+def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity | None] = ()) -> Iterator[TaskFacts]:
     """Read one evaluation on tasks, a metric each.
 
     Raises:
@@ -505,7 +399,7 @@ def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] =
     """
     value = _object(path)
     _refuse_other(path, value, checkpoint)
-    of_source = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
+    before = _refuse_other_reference(path, value.section("against"), checkpoint, origins)
     tasks = value.section("tasks")
     listed, harness = tasks.get("results"), tasks.text("harness")
     if not isinstance(listed, dict) or len(listed) > _MOST_TASKS or not harness.isprintable():
@@ -531,7 +425,8 @@ def read_tasks(path: Path, checkpoint: Checkpoint, origins: Sequence[Identity] =
                 documents=task.whole("documents"),
                 limited=tasks.whole("limit") is not None,
                 harness=harness,
-                of_source=of_source,
+                of_source=before is not None,
+                steps_before=before,
             )
 
 
@@ -551,23 +446,27 @@ def _refuse_other(path: Path, value: Fields, checkpoint: Checkpoint) -> None:
         raise PlanError(f"{path}: an evaluation of another checkpoint than {checkpoint.where}: {where}")
 
 
-def _refuse_other_reference(path: Path, against: Fields, checkpoint: Checkpoint, origins: Sequence[Identity]) -> bool:
+def _refuse_other_reference(
+    path: Path, against: Fields, checkpoint: Checkpoint, origins: Sequence[Identity | None]
+) -> int | None:
     """Refuse a reference that is none of the origins: its figures would not say what making the output has cost.
 
     Returns:
-        whether it is one of them; where that is not recorded, or not comparable, nobody knows.
+        which of them it is; None where that is not recorded, or not comparable.
 
     """
     reference = Identity.from_dict(against.get("identity"))
-    if reference is None or not origins:
-        return False
-    where = [reference.difference(origin) for origin in origins]
-    if all(where):
+    known = {number: origin for number, origin in enumerate(origins) if origin is not None}
+    if reference is None or not known:
+        return None
+    where = {number: reference.difference(origin) for number, origin in known.items()}
+    if all(where.values()):
         raise PlanError(
-            f"{path}: its reference is not what {checkpoint.where} was made from: {where[0]};"
+            f"{path}: its reference is not what {checkpoint.where} was made from: {where[max(where)]};"
             f" evaluate it again, --against its source"
         )
-    return any(not told and reference.is_comparable(origin) for told, origin in zip(where, origins, strict=True))
+    same = (number for number, told in where.items() if not told and reference.is_comparable(known[number]))
+    return next(same, None)
 
 
 def _figures(path: Path, value: Fields, data: Data, source: str = "") -> EvaluationFacts:
@@ -610,10 +509,7 @@ def _malformed(path: Path, what: str) -> PlanError:
 
 def _object(path: Path) -> Fields:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise PlanError(f"{path}: expected a file")
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+        data = read_given(path, _MAX_BYTES)
         if len(data) > _MAX_BYTES:
             raise PlanError(f"{path}: more than {_MAX_BYTES} bytes, which is no evaluation")
         return Fields(parse_object(data))

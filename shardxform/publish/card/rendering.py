@@ -9,39 +9,20 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from shardxform.base.tensors import show_size
-from shardxform.publish.card.facts import (
-    BlockError,
-    CardFacts,
-    Change,
-    Data,
-    EvaluationFacts,
-    HealedBlock,
-    HealingFacts,
-    PruningFacts,
-    QuantizationFacts,
-    TaskFacts,
-)
+from shardxform.publish.card import making
+from shardxform.publish.card.facts import CardFacts, Change, Data, EvaluationFacts, PruningFacts, TaskFacts
+from shardxform.publish.card.making import text_name
+from shardxform.publish.card.markdown import code, count, fence, figure, folded, shell, sizes, table
 from shardxform.publish.card.writing import MARK
 
-__all__ = ["code", "fence", "front_matter", "render"]
+__all__ = ["front_matter", "render"]
 
 _KEEP: Final = (
     "<!-- `shardxform card --write` replaces this file; to keep changes of your own, remove the line above -->"
 )
-_HEALED: Final = {  # names of `recipe.HEALED`, and what they stand for
-    "auto": "all of the block, or routers and shared experts where held-out windows were no better for that",
-    "router": "routers",
-    "shared": "routers, shared experts and the norms before them",
-    "experts": "routed experts",
-    "moe": "routers, shared and routed experts and the norms before them",
-    "all": "all of the block",
-}
-_WRITTEN: Final = {"source": "rounded to what weights are stored as in the source", "16bit": "in 16 bits"}
 _HARMLESS: Final = re.compile(r"[\w.+ -]+", re.ASCII)
 _MAX_CONTEXT: Final = 32768  # of the examples: a longer one is a matter of the reader's memory
 _ASSERTS_MTP: Final = "qwen3_5_moe"  # the family whose converter in llama.cpp takes MTP layers for granted
@@ -54,10 +35,12 @@ def render(facts: CardFacts) -> str:
     """Word the facts; ends with a newline."""
     blocks = [front_matter(facts), f"{MARK}\n{_KEEP}", f"# {_title(facts.name)}", _opening(facts)]
     blocks += _figures(facts)
+    healed = [step.healing for step in facts.steps if step.healing]
     for heading, section in (
-        ("Pruning", _pruning(facts)),
-        ("Merging" if facts.healing and facts.healing.only_merged else "Healing", _healing(facts)),
-        ("Quantization", _quantization(facts)),
+        ("Steps", making.steps(facts)),
+        ("Pruning", making.pruning(facts)),
+        ("Merging" if healed and all(each.only_merged for each in healed) else "Healing", making.healing(facts)),
+        ("Quantization", making.quantization(facts)),
         ("Evaluation", _evaluation(facts)),
         ("Loading", _loading(facts)),
         ("Limitations", _limitations(facts)),
@@ -79,7 +62,7 @@ def _opening(facts: CardFacts) -> str:
     done = [part for part in (_kept(facts), _stored(facts)) if part]
     how = f" with {' and '.join(done)}" if done else ""
     without = f", without {' and '.join(facts.dropped)}" if facts.dropped else ""
-    before, after = _sizes(facts.nbytes)
+    before, after = sizes(facts.nbytes)
     size = f"{before} of tensors became {after}" if before else f"Its tensors have {after}"
     return f"{what}{how}{without}. {size}. Made with shardxform."
 
@@ -108,10 +91,10 @@ def _stored(facts: CardFacts) -> str:
 
 def _figures(facts: CardFacts) -> Iterator[str]:
     """What changed in size, and what did not."""
-    yield _table(
+    yield table(
         ("", "before", "after"),
         [
-            ("size of the tensors", *_sizes(facts.nbytes)),
+            ("size of the tensors", *sizes(facts.nbytes)),
             ("routed experts per MoE layer", *_counts(facts.experts)),
             *_channels(facts.pruning),
             *_parameters("parameters", facts.parameters),
@@ -141,135 +124,7 @@ def _counts(change: Change) -> tuple[str, str]:
 def _parameters(label: str, change: Change | None) -> Iterator[tuple[str, str, str]]:
     """A line for a count, where it is known."""
     if change:
-        yield (label, "" if change.before is None else _count(change.before), _count(change.after))
-
-
-# -- how it was made --------------------------------------------------------------------------------------------------
-
-
-def _pruning(facts: CardFacts) -> Iterator[str]:
-    pruned = facts.pruning
-    if pruned is None:
-        return
-    yield _listing(_pruning_lines(pruned))
-    channels = ", and which of their channels," if pruned.channels else ""
-    yield f"Which experts every layer kept{channels} is in `shardxform.json`, under `inputs.manifest`."
-
-
-def _pruning_lines(pruned: PruningFacts) -> Iterator[tuple[str, str]]:
-    yield "experts ranked by", code(pruned.criterion) if pruned.criterion else ""
-    yield "calibration text", "; ".join(map(_data, pruned.data))
-    yield "tokens that the model was run on", "" if pruned.tokens is None else f"{pruned.tokens:,}"
-    if pruned.saliency_kept:
-        shares = pruned.saliency_kept
-        yield "share of the ranking kept", f"{fmean(shares):.1%} in the mean, {min(shares):.1%} in the worst layer"
-    unreached = pruned.never_reached_kept
-    yield (
-        "kept, though no token reached them",
-        "" if unreached is None else f"{unreached} expert{'s' * (unreached != 1)}",
-    )
-
-
-def _healing(facts: CardFacts) -> Iterator[str]:
-    made = facts.healing
-    if made is None:
-        return
-    if made.merge:
-        yield "Pruned experts were merged into those that stay (REAM, arXiv 2604.04356), as far as that is better."
-    if not made.only_merged:
-        yield "The weights that stayed were tuned, block by block, so that a block puts out what it did before pruning."
-    yield _listing(_healing_lines(made))
-    if made.blocks:
-        yield (
-            "Squared error of each block's output, relative to every token's own size, on windows of the calibration"
-            f" text that {'only say how far to go' if made.only_merged else 'were not tuned on'}:"
-        )
-        columns = ("block", "pruned", "healed", "ratio", "tuned", "steps")[: 5 if made.iters else 6]
-        if made.only_merged:
-            columns = ("block", "pruned", "merged", "ratio", "how far")
-        yield _folded(_table(columns, [_healed_block(block)[: len(columns)] for block in made.blocks]))
-
-
-def _healing_lines(made: HealingFacts) -> Iterator[tuple[str, str]]:
-    yield "weights", _HEALED.get("experts" if made.only_merged else made.what, "")
-    yield "calibration text", _data(made.data) if made.data else ""
-    yield "made of its pieces", f"{made.extra} windows more" if made.extra else ""
-    yield "steps per block", _healing_steps(made)
-    yield "merged in", f"{made.merged} of {len(made.blocks)} blocks" if made.merge and made.blocks else ""
-    yield "written", _WRITTEN.get(made.encoding, "")
-
-
-def _healing_steps(made: HealingFacts) -> str:
-    """How many: of every block, or from the fewest to the most."""
-    each = [block.iters for block in made.blocks if block.iters]
-    if made.iters or not each:
-        return _steps(made.iters, made.batch_size)
-    text = _steps(f"{min(each)} to {max(each)}", made.batch_size)
-    return f"{text}, as {made.seconds:,} s allowed" if made.seconds else text
-
-
-def _healed_block(block: HealedBlock) -> tuple[str, ...]:
-    before, after, steps = block.pruned, block.healed, str(block.iters or "")
-    done = ", ".join(each for each in (f"merged {block.merged:.3g}" * (block.merged > 0), block.what) if each)
-    if not done or before is None or after is None:
-        return (str(block.layer), "" if before is None else f"{before:.3e}", "left as pruned", "", "", steps)
-    ratio = _figure(after / before, block.ratio_error, ".1%") if before else ""
-    return (str(block.layer), f"{before:.3e}", f"{after:.3e}", ratio, done, steps)
-
-
-def _quantization(facts: CardFacts) -> Iterator[str]:
-    made = facts.quantization
-    if made is None:
-        return
-    yield _listing(_quantization_lines(made))
-    tuned = [block for block in made.blocks if block.rounded is not None and block.tuned is not None]
-    if tuned:
-        judged = made.judged_apart
-        where = ", on windows of the calibration text that were not tuned on" if judged else ""
-        flatters = ", on a window that was tuned on as well, which flatters" if judged is False else ""
-        yield f"Squared error of each block's output, relative to every token's own size{where}{flatters}:"
-        columns = ("block", "rounded", "tuned", "ratio", "experts never reached")
-        yield _folded(_table(columns, [_block(block) for block in made.blocks]))
-
-
-def _quantization_lines(made: QuantizationFacts) -> Iterator[tuple[str, str]]:
-    groups = "one scale per row" if made.group_size == -1 else f"groups of {made.group_size} share a scale"
-    yield "scheme", f"W{made.bits}A16, symmetric, {groups}"
-    yield "format", f"{made.format}, blocks of {' and '.join(made.types)}" if made.types else made.format
-    yield "modules", f"{made.modules:,}"
-    yield "rounding", _method(made)
-    recipe = made.recipe
-    yield "calibration text", _data(made.data) if made.data else ""
-    if made.recipe:
-        yield "steps per block", _steps(recipe.get("iters"), recipe.get("batch_size"))
-        inputs = {
-            "quantized": "what the quantized blocks before put out",
-            "fp": "what the 16-bit blocks before put out",
-        }
-        yield "inputs of a block", inputs.get(str(recipe.get("inputs")), "")
-
-
-def _steps(steps: object, batch: object) -> str:
-    return f"{steps}, each of {batch} window{'s' * (batch != 1)}" if steps and batch else ""
-
-
-def _product(samples: object, seqlen: object) -> str:
-    return f"{samples} windows of {seqlen} tokens" if samples and seqlen else ""
-
-
-def _method(made: QuantizationFacts) -> str:
-    if made.method == "auto-round":
-        return "tuned by signed gradient descent, block by block (AutoRound)"
-    if made.method == "rtn":
-        return "to nearest" + (", scales searched for the least squared weight error" if made.search else "")
-    return ""
-
-
-def _block(block: BlockError) -> tuple[str, ...]:
-    if block.rounded is None or block.tuned is None:
-        return (str(block.layer), "", "rounded to nearest", "", "")
-    ratio = _figure(block.tuned / block.rounded, block.ratio_error, ".1%") if block.rounded else ""
-    return (str(block.layer), f"{block.rounded:.3e}", f"{block.tuned:.3e}", ratio, str(block.never_reached))
+        yield (label, "" if change.before is None else count(change.before), count(change.after))
 
 
 # -- what it is worth -------------------------------------------------------------------------------------------------
@@ -286,26 +141,36 @@ def _evaluation(facts: CardFacts) -> Iterator[str]:
 
 def _of_tasks(facts: CardFacts) -> Iterator[str]:
     columns = [column for column in _TASK_COLUMNS if any(column[1](found) for found in facts.tasks)]
-    yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.tasks])
+    yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.tasks])
     told = ", ".join(dict.fromkeys(found.harness for found in facts.tasks))
     part = " Of each task only the first documents were asked." if any(found.limited for found in facts.tasks) else ""
     yield f"Tasks are those of {told}; ± is a standard error over documents.{part}"
     compared = [found for found in facts.tasks if found.reference is not None]
     if compared:
-        of_it = "that this one was made from" if all(found.of_source for found in compared) else "it was held against"
-        yield f"The reference is the checkpoint {of_it}; differences are taken document by document."
+        of_it = _reference(facts, compared) or "the checkpoint it was held against"
+        yield f"The reference is {of_it}; differences are taken document by document."
+
+
+def _reference(facts: CardFacts, compared: Sequence[EvaluationFacts] | Sequence[TaskFacts]) -> str:
+    """What figures are compared with; empty where that is not known of all."""
+    before = {found.steps_before for found in compared}
+    if not all(found.of_source for found in compared):
+        return ""
+    if len(facts.steps) < 2 or len(before) > 1:
+        return "the checkpoint that this one was made from"
+    (number,) = before
+    return f"what step {number} gave" if number else "the checkpoint that the first step began with"
 
 
 def _of_text(facts: CardFacts) -> Iterator[str]:
     lines = [each for found in facts.evaluations for each in (*found.sources, found)]
     columns = [column for column in _COLUMNS if any(column[1](found) for found in lines)]
-    yield _table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
+    yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
     compared = [found for found in facts.evaluations if found.reference is not None]
     if compared:
-        from_it = all(found.of_source for found in compared)
-        what = "made from" if from_it else "held against, whether or not that is its source"
+        unknown = "the checkpoint that this one was held against, whether or not that is its source"
         yield (
-            f"The reference is the checkpoint that this one was {what}, on the same windows. KL divergence is"
+            f"The reference is {_reference(facts, compared) or unknown}, on the same windows. KL divergence is"
             " KL(reference ‖ this) of the next token's distribution, in nats; ratio is that of the perplexities; same"
             " choice is the share of positions where both find the same token likeliest."
         )
@@ -323,37 +188,30 @@ def _of_text(facts: CardFacts) -> Iterator[str]:
         if found.block_errors:
             yield f"Relative error of each block's output on {code(found.data.name)}, each model on its own chain:"
             known = enumerate(found.block_errors)
-            yield _folded(_table(("block", "error"), [(str(n), "" if e is None else f"{e:.2%}") for n, e in known]))
+            yield folded(table(("block", "error"), [(str(n), "" if e is None else f"{e:.2%}") for n, e in known]))
 
 
 def _divergence(found: EvaluationFacts) -> str:
-    return "" if found.kl is None else _figure(found.kl, found.kl_error, ".4f")
-
-
-def _figure(value: float | None, error: float | None, form: str) -> str:
-    """A figure and its standard error, as far as they are known."""
-    if value is None:
-        return ""
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+    return "" if found.kl is None else figure(found.kl, found.kl_error, ".4f")
 
 
 _COLUMNS = (
-    ("text", lambda found: _text(found.data)),
+    ("text", lambda found: text_name(found.data)),
     ("source", lambda found: code(found.source) if found.source else ""),
     ("tokens", lambda found: f"{found.tokens:,}"),
     ("windows", lambda found: f"{found.windows:,}"),
-    ("perplexity", lambda found: _figure(found.perplexity, found.perplexity_error, ".3f")),
+    ("perplexity", lambda found: figure(found.perplexity, found.perplexity_error, ".3f")),
     ("reference", lambda found: "" if found.reference is None else f"{found.reference:.3f}"),
-    ("ratio", lambda found: _figure(found.ratio, found.ratio_error, ".4f")),
+    ("ratio", lambda found: figure(found.ratio, found.ratio_error, ".4f")),
     ("KL divergence", _divergence),
-    ("same choice", lambda found: _figure(found.top1, found.top1_error, ".1%")),
+    ("same choice", lambda found: figure(found.top1, found.top1_error, ".1%")),
 )
 
 
 def _difference(found: TaskFacts) -> str:
     if found.reference is None:
         return ""
-    return _figure(found.value - found.reference, found.difference_error, "+.4f").replace("± +", "± ")
+    return figure(found.value - found.reference, found.difference_error, "+.4f").replace("± +", "± ")
 
 
 _TASK_COLUMNS = (
@@ -361,7 +219,7 @@ _TASK_COLUMNS = (
     ("shots", lambda found: "" if found.shots is None else f"{found.shots}"),
     ("documents", lambda found: "" if found.documents is None else f"{found.documents:,}"),
     ("metric", lambda found: code(found.metric)),
-    ("value", lambda found: _figure(found.value, found.error, ".4f")),
+    ("value", lambda found: figure(found.value, found.error, ".4f")),
     ("reference", lambda found: "" if found.reference is None else f"{found.reference:.4f}"),
     ("difference", _difference),
 )
@@ -378,19 +236,19 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         yield "Only the figures above were measured. It was not benchmarked on tasks."
     else:
         yield "Nothing was measured for this card, neither perplexity nor tasks."
+    healed = [step.healing for step in facts.steps if step.healing]
     if facts.pruning:
         what = "experts and channels" if facts.pruning.channels else "experts"
-        rest = ", but for what of it was merged into others" if facts.healing and facts.healing.merged else ""
+        rest = ", but for what of it was merged into others" if any(each.merged for each in healed) else ""
         yield (
             f"What pruned {what} knew is lost{rest}. They were chosen for what they did on some text; on other"
             " languages and subjects the loss can be far greater."
         )
-    tuned = facts.quantization is not None and facts.quantization.data is not None
-    if facts.healing and not facts.healing.only_merged:
+    if any(not each.only_merged for each in healed):
         yield "It was healed on calibration text, and fits text like it best."
-    elif facts.healing and facts.healing.merged:
+    elif any(each.merged for each in healed):
         yield "Experts were merged by calibration text, and fit text like it best."
-    elif tuned:
+    elif any(step.quantization and step.quantization.data for step in facts.steps):
         yield "Rounding was tuned on calibration text, and fits text like it best."
     seen = [*_calibration(facts)]
     for found in facts.evaluations:
@@ -405,16 +263,18 @@ def _limits(facts: CardFacts) -> Iterator[str]:
 
 
 def _calibration(facts: CardFacts) -> Iterator[Data]:
-    if facts.pruning:
-        yield from facts.pruning.data
+    for step in facts.steps:
+        if step.pruning:
+            yield from step.pruning.data
     yield from _tuned_on(facts)
 
 
 def _tuned_on(facts: CardFacts) -> Iterator[Data]:
-    if facts.healing and facts.healing.data:
-        yield facts.healing.data
-    if facts.quantization and facts.quantization.data:
-        yield facts.quantization.data
+    for step in facts.steps:
+        if step.healing and step.healing.data:
+            yield step.healing.data
+        if step.quantization and step.quantization.data:
+            yield step.quantization.data
 
 
 def _is_shared(one: Data, other: Data) -> bool:
@@ -426,7 +286,7 @@ def _is_shared(one: Data, other: Data) -> bool:
 def _again(facts: CardFacts) -> Iterator[str]:
     if not facts.commands:
         return
-    yield fence("\n".join(_shell(args) for args in facts.commands), "sh")
+    yield fence("\n".join(shell(args) for args in facts.commands), "sh")
     yield "\n".join(f"- {what}: {told}" for what, told in _ingredients(facts))
     yield "From these, the same bytes come of it."
 
@@ -434,36 +294,29 @@ def _again(facts: CardFacts) -> Iterator[str]:
 def _ingredients(facts: CardFacts) -> Iterator[tuple[str, str]]:
     """What the commands name, and where a stranger finds it."""
     words = {word for args in facts.commands for word in args}
-    yield (
-        code(facts.origin.base_model or "SRC"),
-        "the checkpoint that this one was made from; sizes of its shards and digests of their headers are in"
-        " `shardxform.json`, under `inputs`",
-    )
-    if "--manifest" in words:
+    place = facts.steps[0].place
+    if facts.source in words:
+        yield (
+            code(facts.source),
+            "the checkpoint that this one was made from; sizes of its shards and digests of their headers are in"
+            f" `shardxform.json`, under `{place}.source`",
+        )
+    else:  # an earlier version did not record all of the way
+        yield "`SRC`", "what the first of these was made from; the record does not say how that came about"
+    if "shardxform.json" in words:
         yield "`shardxform.json`", "the file beside this card; the experts that stay are listed in it"
-    for name, data in {data.name: data for data in _tuned_on(facts) if data.name in words}.items():
-        yield code(name), "the calibration text" + (f", {_content(data)}" if data.content else "")
-
-
-def _data(data: Data) -> str:
-    size = _product(data.samples, data.seqlen)
-    return _text(data) + (f", {size}" if size else "")
-
-
-def _text(data: Data) -> str:
-    """What a text is called, and of which sources it is where not of all."""
-    of = ", ".join(map(code, data.sources))
-    return code(data.name) + (f" (source{'s' * (len(data.sources) != 1)} {of})" if of else "")
+    texts = {(data.name, data.content): data for data in _tuned_on(facts) if data.name in words}
+    for data in texts.values():
+        yield code(data.name), "the calibration text" + (f", {_content(data)}" if data.content else "")
+    for made_by in dict.fromkeys(step.made_by for step in facts.steps if step.made_by):
+        numbers = [str(number) for number, step in enumerate(facts.steps, 1) if step.made_by == made_by]
+        of = f" in step{'s' * (len(numbers) > 1)} {' and '.join(numbers)}" if len(facts.steps) > 1 else ""
+        yield "made with", f"{', '.join(made_by)}{of}"
 
 
 def _content(data: Data) -> str:
     """Which text it is, whatever it is called."""
     return f"whose {'SHA-256' if len(data.content) == 64 else 'revision'} is {code(data.content)}"
-
-
-def _folded(text: str) -> str:
-    """A long table under a line that opens it."""
-    return f"<details>\n<summary>per block</summary>\n\n{text}\n\n</details>" if text else ""
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -497,7 +350,7 @@ def _mlx_alone(facts: CardFacts) -> Iterator[str]:
     """How to run what only mlx-lm reads."""
     yield "### MLX"
     yield "Needs `pip install mlx-lm`."
-    yield fence(_shell(("mlx_lm.generate", "--model", facts.name, "--prompt", "Hello", "--max-tokens", "100")), "sh")
+    yield fence(shell(("mlx_lm.generate", "--model", facts.name, "--prompt", "Hello", "--max-tokens", "100")), "sh")
     told = ""
     if facts.model_type == "qwen3_5_moe_text":
         told = " Its model_type is `qwen3_5_moe`, since mlx-lm does not know that of the text alone."
@@ -514,12 +367,12 @@ def _gguf(facts: CardFacts) -> Iterator[str]:
     context = str(min(facts.max_positions or _MAX_CONTEXT, _MAX_CONTEXT))
     yield "### llama.cpp"
     lines = [("llama-server", "-m", first, "-c", context), ("llama-cli", "-m", first, "-p", "Hello")]
-    yield fence("\n".join(map(_shell, lines)), "sh")
+    yield fence("\n".join(map(shell, lines)), "sh")
     yield "### Ollama"
     if len(facts.gguf) > 1:
         joined = f"{facts.name}.gguf"
         yield "Ollama reads one file: join these first."
-        yield fence(_shell(("llama-gguf-split", "--merge", first, joined)), "sh")
+        yield fence(shell(("llama-gguf-split", "--merge", first, joined)), "sh")
         first = joined
     name = re.sub(r"[^a-z0-9._-]+", "-", facts.name.lower()).strip("-") or "model"
     yield fence(f"printf 'FROM ./%s\\n' {shlex.quote(first)} > Modelfile\nollama create {name} -f Modelfile", "sh")
@@ -575,11 +428,11 @@ def _served(facts: CardFacts) -> Iterator[str]:
     """Servers that read the format, as far as their code says."""
     context = str(min(facts.max_positions or _MAX_CONTEXT, _MAX_CONTEXT))
     yield "### vLLM"
-    yield fence(_shell(("vllm", "serve", facts.name, "--dtype", facts.dtype, "--max-model-len", context)), "sh")
+    yield fence(shell(("vllm", "serve", facts.name, "--dtype", facts.dtype, "--max-model-len", context)), "sh")
     if facts.quantization is None or facts.quantization.format == "auto-round":
         yield "### SGLang"
         launch = ("python", "-m", "sglang.launch_server", "--model-path", facts.name)
-        yield fence(_shell((*launch, "--dtype", facts.dtype, "--context-length", context)), "sh")
+        yield fence(shell((*launch, "--dtype", facts.dtype, "--context-length", context)), "sh")
         yield "That these servers read this was found in their code (vLLM 0.32, SGLang 0.5.23), not by running them."
     else:
         yield "That vLLM reads this format was found in its code (0.32), not by running it."
@@ -641,60 +494,3 @@ def _yaml(text: str) -> str:
     """A text as YAML has it: bare where that can mean nothing else, else as JSON."""
     bare = _BARE.fullmatch(text) and text.lower() not in _NOT_TEXT
     return text if bare else json.dumps(text, ensure_ascii=False)
-
-
-# -- pieces of Markdown ------------------------------------------------------------------------------------------------
-
-
-def code(text: str) -> str:
-    """A name as code: one line, and nothing in it that ends a code span or a cell of a table."""
-    folded = " ".join(text.split())
-    return "`" + re.sub(r"[`|]", "'", folded[:200]) + "`"
-
-
-def fence(text: str, language: str) -> str:
-    """A block of code, whatever back ticks are in it."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    ticks = "`" * max(3, longest + 1)
-    return f"{ticks}{language}\n{text}\n{ticks}"
-
-
-def _shell(args: Sequence[str]) -> str:
-    """A command line, broken before options where it is long."""
-    words = [shlex.quote(arg) for arg in args]
-    lines, line = [], words[0]
-    for at, word in enumerate(words[1:], 1):
-        ahead = word + (f" {words[at + 1]}" if at + 1 < len(words) and word.startswith("--") else "")
-        if len(line) + 1 + len(ahead) > 100 and word.startswith("--"):
-            lines.append(line + " \\")
-            line = f"    {word}"
-        else:
-            line += f" {word}"
-    return "\n".join([*lines, line])
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table of figures, the first column to the left, the others to the right; empty without lines."""
-    listed = [*lines]
-    if not listed:
-        return ""
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *listed))
-
-
-def _listing(pairs: Iterable[tuple[str, str]]) -> str:
-    """What is told, and what of it; pairs without a value are left out."""
-    return "\n".join(f"- {label}: {value}" for label, value in pairs if value)
-
-
-def _count(count: int) -> str:
-    """A count of parameters as people say it: `34.66 B`, `4.41 M`."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:,}"
-
-
-def _sizes(change: Change) -> tuple[str, str]:
-    """Sizes before and after."""
-    return (show_size(change.before) if change.before is not None else "", show_size(change.after))

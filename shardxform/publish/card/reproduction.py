@@ -12,6 +12,7 @@ from typing import Final
 from shardxform.ask.recipe import BATCH_SIZE, HEAL_ITERS, ITERS
 from shardxform.base.constants import CLIP_STEP
 from shardxform.base.strict_json import Fields
+from shardxform.checkpoint.history import steps_of
 from shardxform.checkpoint.record import PROVENANCE, Record
 from shardxform.formats.scheme import usual_group_size
 from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES
@@ -19,6 +20,7 @@ from shardxform.plan.view import DEFAULT_GGUF_BYTES, DEFAULT_SHARD_BYTES
 __all__ = ["commands"]
 
 Args = tuple[str, ...]
+_VERBS: Final = ("prune", "quantize", "convert")
 _SAMPLES: Final = 128
 _SEQLEN: Final = 2048
 _SEED: Final = 42
@@ -29,28 +31,52 @@ def commands(record: Record, source: str, out: str) -> tuple[Args, ...]:
 
     Args:
         record: of the output.
-        source: name of the source.
-        out: name of the output.
+        source: name of the first source.
+        out: name of the output; what comes between is named after it and its step.
+
+    Raises:
+        RecordError: see `steps_of`.
 
     """
-    inputs, origin = record.asked, record.before
-    command, steps = inputs.text("command"), _healing_steps(Fields(record.facts))
-    if command in ("prune", "quantize"):
-        return (_planned(command, inputs, (source, out), steps),)
-    if command != "convert":
+    steps = steps_of(record)
+    known = [step.text("command") in _VERBS and not _is_untold(step) for step in steps]
+    if not known[-1]:
         return ()
-    scheme = origin.section("scheme")
-    tuned = bool(scheme) and scheme.text("method") != "rtn"
-    if not origin or (tuned and not origin.section("recipe")):  # earlier records of converted outputs have none
-        return (("shardxform", "convert", source, out, *_target(inputs)),)
-    between = f"{out}-before"
-    first = _planned("quantize" if scheme else "prune", origin, (source, between), steps)
-    return (first, ("shardxform", "convert", between, out, *_target(inputs)))
+    first = len(known) - known[::-1].index(False) if False in known else 0
+    pruned = [number for number, step in enumerate(steps, 1) if step.section("manifest", "keep")]
+    lines: list[Args] = []
+    before = "SRC" if first else source
+    for number, step in list(enumerate(steps, 1))[first:]:
+        after = out if number == len(steps) else f"{out}-step-{number}"
+        keep = PROVENANCE
+        if number in pruned and len(pruned) > 1:
+            keep = f"keep-{number}.json"
+            lines.append(("shardxform", "manifest", "convert", PROVENANCE, keep, "--step", str(number)))
+        lines.append(_line(step, (before, after), keep))
+        before = after
+    return tuple(lines)
 
 
-def _planned(command: str, inputs: Fields, places: tuple[str, str], steps: Sequence[int]) -> Args:
-    keep = ("--manifest", PROVENANCE) if inputs.section("manifest", "keep") else ()
-    return ("shardxform", command, *places, *keep, *_scheme(inputs), *_recipe(inputs, steps), *_view(inputs))
+def _is_untold(step: Fields) -> bool:
+    """Whether weights were tuned, and the record does not say how: converted outputs of earlier versions do not."""
+    tuned = step.section("scheme").text("method") == "auto-round"
+    return step.text("command") == "quantize" and tuned and not step.section("recipe")
+
+
+def _line(step: Fields, places: tuple[str, str], keep: str) -> Args:
+    command = step.text("command")
+    if command == "convert":
+        return ("shardxform", command, *places, *_target(step), *_family(step))
+    manifest = ("--manifest", keep) if step.section("manifest", "keep") else ()
+    asked = (*manifest, *_scheme(step), *_recipe(step, _healing_steps(step.section("facts"))))
+    return ("shardxform", command, *places, *asked, *_view(step), *_family(step))
+
+
+def _family(step: Fields) -> Iterator[str]:
+    """A family from a file; one from a package is found when that is installed."""
+    for origin, _ in step.section("family").items():
+        if origin.endswith(".py") and origin.isprintable():
+            yield from ("--family", origin)
 
 
 def _view(inputs: Fields) -> Iterator[str]:
