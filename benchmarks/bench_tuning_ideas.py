@@ -8,8 +8,7 @@ time of `--block all`, which tunes one after the other as `quantize --method aut
 on held-out windows; the blocks are judged on windows of the calibration text that they do not learn from. A variant's
 own difference from the first is given with the standard error over windows, which both were measured on.
 
-The first, `tuned`, moves scales as far as offsets at a step, as auto-round does; `quantize` moves them a quarter as far,
-which is `clips at a quarter`.
+The first, `tuned`, moves scales as far as offsets at a step, as auto-round does.
 
 Compensation (Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2022)
 rounds one column after the other and moves those to come against the error, by the inputs' covariance; what it adds to

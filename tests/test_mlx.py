@@ -37,7 +37,7 @@ from shardxform.verification import verify
 SIZES = {
     **KIND_SIZES,
     "gpt_oss": {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32},
-    "mixtral": {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32},
+    "mixtral": {"hidden_size": 64, "intermediate_size": 32},
 }
 KINDS = ("gpt_oss", "qwen3_5_moe_text", "mixtral", "qwen3_moe", "deepseek_v3", "qwen3_5_moe")
 MTP = {"qwen3_5_moe": ("mtp.",), "deepseek_v3": ("model.layers.3.",)}
@@ -117,6 +117,10 @@ def test_nothing_is_lost_there_and_back_nor_by_pruning(kind: str, tmp_path: Path
     mtp = MTP.get(kind, ("-",))
     dropped = {name: tensor for name, tensor in read_checkpoint(packed).items() if not name.startswith(mtp)}
     assert read_checkpoint(back) == dropped
+    turned = convert(direct, tmp_path / "turned", other)
+    assert same(turned, back)
+    sound(turned, direct)
+    assert [str(problem) for problem in verify(turned, source=source).problems] == []
     manifest = replace(manifest_of(source), mtp_keep={})
     run(plan_prune(Checkpoint.open(out), manifest), tmp_path / "pruned")
     both = quantize(source, tmp_path / "both", manifest=manifest)

@@ -19,7 +19,6 @@ from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.sidecars import is_document
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, ManifestError
-from shardxform.formats.config_names import declared_in, method_of
 from shardxform.formats.decoding import decoded
 from shardxform.formats.stored import as_plain
 from shardxform.model.layout import Layout, layout_of, value_at
@@ -29,7 +28,7 @@ from shardxform.plan.view import MtpMode, View, pruned_view
 from shardxform.runtimes import mlx
 from shardxform.verification.files import file_bytes
 from shardxform.verification.findings import Findings, Item
-from shardxform.verification.wanted import Known, Wanted, heal_of
+from shardxform.verification.wanted import Known, Wanted, heal_of, method_declared
 
 __all__ = ["Options", "check_origin", "compare_tables", "given_manifest", "rebuild", "recorded_manifest"]
 
@@ -99,19 +98,20 @@ def rebuild(
     text_only, mtp = options.text_only, options.mtp
     if text_only is None:
         text_only = recorded.get("text_only") is True
-    if mtp is None and out is not None and _method(out) == "mlx" != _method(source):
+    if mtp is None and known.mlx and method_declared(source) != "mlx":
         mtp = "drop"
     elif mtp is None:
         mtp = cast(MtpMode, recorded["mtp"]) if recorded.get("mtp") in _MODES else "auto"
     if manifest is None and out is not None and _fewer_experts(out, layout):
         findings.problem("source-manifest", PROVENANCE, "no manifest is recorded, and none was given")
         return None
-    return _as_written(pruned_view(source, manifest, text_only=text_only, mtp=mtp), out, record)
+    return _as_written(pruned_view(source, manifest, text_only=text_only, mtp=mtp), known)
 
 
-def _as_written(view: View, out: Checkpoint | None, record: Mapping[str, object]) -> View:
+def _as_written(view: View, known: Known) -> View:
     """The view as a format has it, or as healing wrote it."""
-    if out is not None and _method(out) == "mlx":
+    record = known.record
+    if known.mlx:
         told = mlx.as_read(view.checkpoint.config, view.layout)
         view = replace(view, checkpoint=replace(view.checkpoint, config=told))
     if not _in_16bit(record):
@@ -129,12 +129,7 @@ def _is_decoded(source: Checkpoint, out: Checkpoint, record: Mapping[str, object
     """Whether OUT holds other weights than those that are stored in the source."""
     if record.get("command") in ("convert", "quantize"):
         return True
-    return _method(out) != _method(source) and not _in_16bit(record)
-
-
-def _method(checkpoint: Checkpoint) -> object:
-    declared = declared_in(checkpoint.config)
-    return method_of(declared) if isinstance(declared, Mapping) else None
+    return method_declared(out) != method_declared(source) and not _in_16bit(record)
 
 
 def compare_tables(wanted: Wanted, out: Checkpoint, lost: frozenset[str], findings: Findings) -> None:

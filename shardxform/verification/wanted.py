@@ -12,10 +12,12 @@ from itertools import product
 from typing import Final, Literal, cast
 
 from shardxform.ask.recipe import HEALED, ROUTED
+from shardxform.base.strict_json import Fields
 from shardxform.base.tensors import TensorRef, TensorSpec, natural_key
+from shardxform.checkpoint.history import steps_since
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
-from shardxform.formats.config_names import declares
+from shardxform.formats.config_names import declared_in, declares, method_of
 from shardxform.formats.dialects import select
 from shardxform.formats.encoding import ROUNDED, Encoded, Storage
 from shardxform.formats.matrices import matrices_of, single_biases, turns
@@ -39,6 +41,7 @@ __all__ = [
     "heal_of",
     "healed_by",
     "known_of",
+    "method_declared",
     "wanted_of",
 ]
 
@@ -104,12 +107,15 @@ class Known:
         stored: its own quantized modules, where it has any.
         packed: those of the source, where the output holds its weights in another form, as `convert` writes it.
         record: `inputs` of shardxform.json, as they hold for this source, or empty; `facts` among them.
+        mlx: whether the output, or one between it and the source, was written for MLX, which leaves MTP layers out and
+            adds keys to config.json.
 
     """
 
     stored: Stored | None
     packed: Stored | None
     record: Mapping[str, object]
+    mlx: bool = False
 
     @property
     def dequantized(self) -> str:
@@ -171,7 +177,21 @@ def known_of(source: Checkpoint, out: Checkpoint | None, stored: Stored | None, 
     inputs = inputs if isinstance(inputs, Mapping) else {}
     packed = None if (heal_of(inputs) or {}).get("encoding") else _packed_source(source, out, stored, inputs)
     asked = inputs_for(source, inputs, packed=packed is not None, facts=record.get("facts"))
-    return Known(stored, packed, {"facts": record.get("facts"), **asked})
+    return Known(stored, packed, {"facts": record.get("facts"), **asked}, _is_of_mlx(source, out, inputs))
+
+
+def _is_of_mlx(source: Checkpoint, out: Checkpoint | None, inputs: Mapping[str, object]) -> bool:
+    method, before = (method_declared(each) if each else None for each in (out, source))
+    if "mlx" in (method, before):
+        return method == "mlx"
+    steps = map(Fields, steps_since(source, inputs, None))
+    return any("mlx" in (s.section("scheme").text("format"), s.section("target").text("format")) for s in steps)
+
+
+def method_declared(checkpoint: Checkpoint) -> object:
+    """Give the method by which config.json says that weights are quantized; None where it says nothing."""
+    declared = declared_in(checkpoint.config)
+    return method_of(declared) if isinstance(declared, Mapping) else None
 
 
 def _packed_source(
