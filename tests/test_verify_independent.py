@@ -172,6 +172,15 @@ def test_tuned_outputs(tmp_path: Path) -> None:
     assert "from the weight, expected at most 1.0" in found(out, source)[0].message
 
 
+@pytest.mark.parametrize(("iters", "offset"), [(1, 0.99), (2, 0.75), (3, 0.66)])
+def test_few_steps_may_take_half_of_the_codes_beyond_a_step(iters: int, offset: float, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "qwen3_moe", "per-expert")
+    out = quantize(source, tmp_path / "out", Scheme(grid=Grid(group_size=32)), None)
+    tuned(out, source, 0, offset, (1.0,))
+    claim_tuned(out, iters)
+    assert found(out, source) == []
+
+
 def test_healed_outputs_may_be_anything_that_is_like_the_source(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "qwen3_moe", "per-expert")
     run(plan_prune(Checkpoint.open(source), manifest_of(source)), tmp_path / "out")
@@ -396,6 +405,17 @@ def test_the_command_says_how_much_was_derived(pair: tuple[Path, dict[str, Path]
         assert "--independent compares values with --source" in result.output
     with pytest.raises(CheckpointError, match="needs it on this machine"):
         verify(outputs["gptq"], independent=True)
+
+
+def test_lists_of_what_goes_are_read_as_the_plan_reads_them(tmp_path: Path) -> None:
+    """A form that needs to know how many experts there are."""
+    source = make(tmp_path / "source", "qwen3_moe")
+    manifest = manifest_of(source)
+    gone = [[layer, each] for layer, ids in manifest.keep.items() for each in set(range(6)) - set(ids)]
+    (tmp_path / "gone.json").write_text(json.dumps({"version": 1, "pruned_experts": gone}))
+    run(plan_prune(Checkpoint.open(source), manifest), tmp_path / "out")
+    report = verify(tmp_path / "out", source=source, manifest=tmp_path / "gone.json", independent=True)
+    assert (report.problems, report.rederived) == ((), report.tensors)
 
 
 @pytest.mark.parametrize("what", ["header", "offsets", "bits", "json"])

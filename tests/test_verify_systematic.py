@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from math import comb
 from pathlib import Path
@@ -187,12 +187,12 @@ def forget(out: Path) -> None:
     (out / "shardxform.json").unlink()
 
 
-def claim_tuned(out: Path) -> None:
+def claim_tuned(out: Path, iters: int = 200) -> None:
     """The record of a tuned output."""
 
     def edit(record: dict[str, Any]) -> None:
         record["inputs"]["scheme"]["method"] = "auto-round"
-        record["inputs"]["recipe"] = {"iters": 200}
+        record["inputs"]["recipe"] = {"iters": iters}
 
     edit_json(out / "shardxform.json", edit)
 
@@ -341,13 +341,13 @@ def test_odd_weights_are_no_systematic_error(format_: Any, tmp_path: Path) -> No
         assert not unrecorded(out, source).problems
 
 
-def tuned(out: Path, source: Path, seed: int, offset: float) -> None:
-    """What 200 steps may end with at worst: offsets at their limit, of one sign in a row, and clips at both ends."""
+def tuned(out: Path, source: Path, seed: int, offset: float, clips: Sequence[float] = (0.98, 1.0, 1.2)) -> None:
+    """What steps may end with at worst: offsets at their limit, of one sign in a row, and clips at both ends."""
     rng = np.random.default_rng(seed)
     weights, opened = read_checkpoint(source), Opened(out)
     for module in opened.modules:
         weight, start = weights[f"{module}.weight"].float32(), opened.scales(module)
-        scales = bf16((start * rng.choice([0.98, 1.0, 1.2], start.shape)).astype("f4")).float32().reshape(start.shape)
+        scales = bf16((start * rng.choice(clips, start.shape)).astype("f4")).float32().reshape(start.shape)
         opened.put_scales(module, scales)
         ratio = weight / np.repeat(scales, weight.shape[1] // scales.shape[1], axis=1)
         opened.put_codes(module, np.rint(ratio + offset * rng.choice([-1, 1], (len(weight), 1))).astype(int))
@@ -364,6 +364,51 @@ def test_the_worst_that_tuning_may_do_is_no_systematic_error(
     assert sound(verify(out, source=source))
     (out / "shardxform.json").unlink()
     assert not verify(out, source=source).problems
+
+
+@pytest.mark.parametrize("clips", [(0.2505,), (0.2505, 0.5, 1.0), (0.2505, 1.2)])
+@pytest.mark.parametrize("format_", ["auto-round", "compressed-tensors"])
+def test_what_narrow_scales_clip_is_no_systematic_error(
+    format_: str, clips: tuple[float, ...], source: Path, outputs: Any, writable: Callable[[Path], Path]
+) -> None:
+    """Two steps may take a scale to a quarter: most weights of its group are then beyond the range."""
+    out = writable(outputs[format_, 4])
+    tuned(out, source, 0, 0.75, clips)
+    claim_tuned(out, 2)
+    assert sound(verify(out, source=source))
+
+
+@pytest.mark.parametrize("how", [each for each in CORRUPTIONS if each != "low_bit_flipped"])
+@pytest.mark.parametrize("clips", [(1.0,), (0.2505, 0.5, 1.0)])
+def test_errors_are_found_beside_what_narrow_scales_clip(
+    how: str, clips: tuple[float, ...], source: Path, outputs: Any, writable: Callable[[Path], Path]
+) -> None:
+    """But for low bits that are flipped, which two steps may do."""
+    out = writable(outputs["auto-round", 4])
+    tuned(out, source, 0, 0.0, clips)
+    CORRUPTIONS[how](out)
+    claim_tuned(out, 2)
+    assert verify(out, source=source).problems
+
+
+@pytest.mark.parametrize("clip", [0.3, 1.0])
+def test_the_size_of_an_error_is_that_within_the_range(clip: float) -> None:
+    """With the scales that there are; what is clipped does not count, and groups of zeros neither."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((256, 128)).astype("f4")
+    weights[0, :32] = 0
+    peaks = np.abs(weights.reshape(256, 4, 32)).max(axis=2)
+    scales = np.where(peaks > 0, peaks / 8 * clip, 1).astype("f4")
+    ratio = weights / np.repeat(scales, 32, axis=1)
+    freedom = parts.freedom_of(Grid(), 0.75)
+    for offset, told in ((0.75, False), (1.25, True)):
+        off = np.rint(ratio + offset * rng.choice([-1, 1], ratio.shape)).clip(-8, 7) - ratio
+        inside = np.clip(ratio, -8, 7) - ratio
+        sums = systematic.Sums(128, 8)
+        sums.add(np.zeros((2, 256), np.int64), peaks, scales)
+        squares = [float((np.repeat(scales, 32, axis=1) ** 2 * each**2).sum()) for each in (off, inside)]
+        codes, _ = systematic.found_in(sums, squares[0] - squares[1], freedom)
+        assert codes.startswith("its error is ") == told == bool(codes), codes
 
 
 def test_offsets_of_more_than_the_record_allows_are_no_rounding(

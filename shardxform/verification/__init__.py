@@ -173,10 +173,12 @@ def _verify_gguf(
 
 def _rederive(root: Path, origin: Checkpoint, given: Options, findings: Findings) -> int:
     """Compare by code of its own; gives the number of weights."""
+    from shardxform.model.layout import layout_of
     from shardxform.verification.independent import check_independently
 
+    lists = given.lists(layout_of(origin.config, origin.tensors)) if given.manifest is not None else None
     options = {"text_only": given.text_only, "mtp": given.mtp}
-    return check_independently(root, origin.root, findings, given.lists(), **options)
+    return check_independently(root, origin.root, findings, lists, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

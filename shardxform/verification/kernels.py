@@ -46,7 +46,7 @@ class Settings(NamedTuple):
 
 @jit
 def _row(weights: Any, codes: Any, scale_I: Any, p: Any, squares: Any) -> Any:
-    square_I, energy_I = squares
+    square_I, energy_I, beyond_I = squares
     zero, low, high = F32(p.zero), F32(-p.zero), F32(p.zero - 1)
     near, far = F32(p.near), F32(p.far)
     bad, moved, clipped, beyond, above = I32(0), I32(0), I32(0), I32(0), I32(0)
@@ -65,7 +65,9 @@ def _row(weights: Any, codes: Any, scale_I: Any, p: Any, squares: Any) -> Any:
         beyond += I32(abs(more) > STEP)
         above += I32(more > HALF)
         error = w - F32(scale_I[k] * q)
+        over = F32(0) if ratio == inside else F32(w - F32(scale_I[k] * inside))
         square_I[k] += F32(error * error)
+        beyond_I[k] += F32(over * over)
         energy_I[k] += F32(w * w)
     return bad, moved, clipped, beyond, above
 
@@ -83,11 +85,11 @@ def _check(w_OI: Any, codes_OI: Any, scale_OG: Any, p: Any, counts: Any, sums_2O
     """Hold codes against weights.
 
     Fills `counts` with weights that are wrong, moved and clipped; `sums_2O` and `peak_OG` as `rounding._rows` has
-    them. Returns squared error and sum of squares.
+    them. Returns squared error, sum of squares, and squares of what lies beyond the range.
     """
     columns = w_OI.shape[1]
     scale_I = np.empty(columns, F32)
-    squares = np.zeros(columns, F32), np.zeros(columns, F32)
+    squares = np.zeros(columns, F32), np.zeros(columns, F32), np.zeros(columns, F32)
     for r in range(w_OI.shape[0]):
         weights = w_OI[r]
         for g in range(scale_OG.shape[1]):
@@ -101,15 +103,16 @@ def _check(w_OI: Any, codes_OI: Any, scale_OG: Any, p: Any, counts: Any, sums_2O
         counts[2] += I64(clipped)
         sums_2O[0, r] = I64(beyond)
         sums_2O[1, r] = I64(above + above - moved - bad)  # the others lie below
-    square, energy = 0.0, 0.0
+    square, energy, outside = 0.0, 0.0, 0.0
     for k in range(columns):
         square += squares[0][k]
         energy += squares[1][k]
-    return square, energy
+        outside += squares[2][k]
+    return square, energy, outside
 
 
 @cache
-def checker() -> Callable[..., tuple[float, float]]:
+def checker() -> Callable[..., tuple[float, float, float]]:
     """The compiled kernel; compiles or loads from disk on first use."""
     fields = [types.int64, types.int64, types.int64, types.float64, types.float64]
     signature = (

@@ -71,8 +71,8 @@ class Freedom:
 
     @property
     def growth(self) -> float:
-        """Most that the squared error of plain rounding grows by."""
-        return (12 * self.offset**2 + 1) * self.widest**2
+        """Most that the squared error of plain rounding with the same scales grows by."""
+        return 12 * self.offset**2 + 1
 
 
 @dataclass(frozen=True, slots=True)

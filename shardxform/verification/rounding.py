@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any, Final
 
@@ -46,6 +46,7 @@ class Tally:
         bad, moved, clipped: not within the tolerance; within it, but not nearest; beyond the range by more than half a
             step, and rightly at its end.
         square, energy: sums of (w - w')^2 and of w^2.
+        outside: of squares of what the range of codes does not hold, beyond its ends.
         words_equal, scales_differing: against the source rounded again.
         first_bad, first_scale: a sentence each on the first.
         sums: over rows, where only a bound on codes is known.
@@ -61,6 +62,7 @@ class Tally:
     clipped: int = 0
     square: float = 0.0
     energy: float = 0.0
+    outside: float = 0.0
     words_equal: bool = True
     scales: int = 0
     scales_differing: int = 0
@@ -127,7 +129,7 @@ def examine(pair: Pair, rule: Rule, read_out: Read, read_source: Read) -> Tally:
     for start, stop in row_tiles(rows, columns, _TILE_WEIGHTS):
         _examine(_Tile(start, *source.raw(start, stop), *stored.turned(start, stop)), rule, limits, tally)
     if tally.sums:
-        tally.systematic = found_in(tally.sums, tally.square, rule.freedom)
+        tally.systematic = found_in(tally.sums, tally.square - tally.outside, rule.freedom)
         tally.sums = None
     return tally
 
@@ -154,10 +156,9 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
     w_OI = packing.float32_of(tile.bits, tile.dtype)
     codes_OI = packing.unpack(tile.words, rule.stored.scheme.grid.bits, "row")
     seen = (_compiled if _NUMBA else _plain)(w_OI, codes_OI, scale_OG, limits)
-    counts, square, energy = seen.counts, seen.square, seen.energy
-    if not (math.isfinite(square) and math.isfinite(energy)) or energy == 0:
-        exact = _plain(w_OI, codes_OI, scale_OG, limits)  # in float64, which float32 squares left
-        square, energy = exact.square, exact.energy
+    if not all(map(math.isfinite, seen.squares)) or seen.squares[1] == 0:
+        seen = replace(seen, squares=_plain(w_OI, codes_OI, scale_OG, limits).squares)  # in float64
+    counts, (square, energy, outside) = seen.counts, seen.squares
     if counts[0] and not tally.first_bad:
         tally.first_bad = _explain(tile.start, w_OI, codes_OI, scale_OG, limits)
     tally.weights += w_OI.size
@@ -166,6 +167,7 @@ def _examine(tile: _Tile, rule: Rule, limits: Limits, tally: Tally) -> None:
     tally.clipped += counts[2]
     tally.square += square
     tally.energy += energy
+    tally.outside += outside
     if tally.sums:
         tally.sums.add(*seen.rows, tile.scales)
 
@@ -193,11 +195,13 @@ def _compare_scales(start: int, found: NDArray[np.float32], wanted: NDArray[np.f
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """Weights of a tile that are bad, moved, clipped; sums of squares; `rows` are what `systematic.Sums.add` takes."""
+    """Weights of a tile that are bad, moved, clipped; sums of squares; `rows` are what `systematic.Sums.add` takes.
+
+    The squares are those of errors, of weights, and of what lies beyond the range.
+    """
 
     counts: list[int]
-    square: float
-    energy: float
+    squares: tuple[float, float, float]
     rows: tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
@@ -210,8 +214,8 @@ def _compiled(
     counts = np.zeros(3, np.int64)
     sums_2O, peak_OG = np.empty((2, w_OI.shape[0]), np.int64), np.empty(scale_OG.shape, np.float32)
     arrays = counts, sums_2O, peak_OG
-    square, energy = kernels.checker()(w_OI, codes_OI, np.ascontiguousarray(scale_OG), settings, *arrays)
-    return _Counted(counts.tolist(), square, energy, (sums_2O, peak_OG))
+    squares = kernels.checker()(w_OI, codes_OI, np.ascontiguousarray(scale_OG), settings, *arrays)
+    return _Counted(counts.tolist(), squares, (sums_2O, peak_OG))
 
 
 def _plain(
@@ -219,9 +223,11 @@ def _plain(
 ) -> _Counted:
     seen = _look(w_OI, codes_OI, scale_OG, limits)
     w = seen.weights.astype(np.float64)
-    error = w - seen.scales.astype(np.float64) * seen.codes
+    scales = seen.scales.astype(np.float64)
+    error, over = w - scales * seen.codes, np.where(seen.beyond, w - scales * seen.inside, 0.0)
     counts = [int(np.count_nonzero(mask)) for mask in (seen.bad, seen.moved, seen.clipped)]
-    return _Counted(counts, float(np.vdot(error, error)), float(np.vdot(w, w)), _rows(w_OI, seen, limits.span))
+    squares = float(np.vdot(error, error)), float(np.vdot(w, w)), float(np.vdot(over, over))
+    return _Counted(counts, squares, _rows(w_OI, seen, limits.span))
 
 
 def _rows(w_OI: NDArray[np.float32], seen: _Look, span: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -241,6 +247,7 @@ class _Look:
     scales: NDArray[np.float32]
     codes: NDArray[np.float32]
     inside: NDArray[np.float32]
+    beyond: NDArray[np.bool_]
     bad: NDArray[np.bool_]
     moved: NDArray[np.bool_]
     clipped: NDArray[np.bool_]
@@ -261,7 +268,7 @@ def _look(
     off = np.abs((np.rint(inside) if limits.strict else inside) - q_OI)
     bad = (off > np.float32(limits.far)) | ~finite
     moved = (off > np.float32(limits.near)) & ~bad
-    return _Look(w_OI, scale_OI, q_OI, inside, bad, moved, np.abs(ratio - inside) > 0.5, finite)
+    return _Look(w_OI, scale_OI, q_OI, inside, ratio != inside, bad, moved, np.abs(ratio - inside) > 0.5, finite)
 
 
 def _explain(

@@ -24,6 +24,7 @@ from shardxform.checkpoint.history import put_together, refuse_way, steps_since
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import WORK, Checkpoint, find_gguf
 from shardxform.errors import CheckpointError, ManifestError, ShardxformError
+from shardxform.model.layout import layout_of
 from shardxform.plan.plan import source_inputs
 from shardxform.plan.slabs import PrunedGguf, pruned_gguf, pruned_of_slabs
 from shardxform.runtimes.gguf.slabs import Slabs, slabs_of
@@ -106,12 +107,16 @@ def _rederive(model: GgufModel, source: GgufModel | Checkpoint, given: Options, 
     """Compare by code of its own; gives the number of tensors, or of weights."""
     from shardxform.verification import independent_gguf as own
 
-    lists = given.lists()
     files = [model.table.root / shard.name for shard in model.table.shards]
     if isinstance(source, Checkpoint):
+        from shardxform.plan.gguf import as_weights
+
         told = {"text_only": given.text_only, "mtp": given.mtp}
+        weights = as_weights(source)
+        lists = given.lists(layout_of(weights.config, weights.tensors))
         return own.check_gguf_of_weights(files, source.root, findings, lists, **told)
     sources = [source.table.root / shard.name for shard in source.table.shards]
+    lists = given.lists(pruned_of_slabs(slabs_of(source.metadata, source.table.tensors, source.where)))
     return own.check_gguf_independently(files, sources, findings, lists)
 
 

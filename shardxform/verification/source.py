@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, cast
 
+from shardxform.ask.experts import Pruned
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
 from shardxform.ask.recipe import HEALED, Heal
 from shardxform.checkpoint.record import PROVENANCE
@@ -44,16 +45,16 @@ class Options:
     mtp: MtpMode | None = None
     tolerance: int | None = None
 
-    def lists(self) -> dict[str, Any] | None:
-        """The manifest as the plain lists of its file; None where there is none.
+    def lists(self, of: Layout | Pruned) -> dict[str, Any] | None:
+        """The manifest as plain lists, whatever its form; None where there is none.
 
         Raises:
-            ManifestError: it is malformed.
+            ManifestError: it is malformed, or does not fit the source.
 
         """
         if self.manifest is None:
             return None
-        manifest = self.manifest if isinstance(self.manifest, Manifest) else Manifest.load(self.manifest)
+        manifest = self.manifest if isinstance(self.manifest, Manifest) else Manifest.load(self.manifest, of)
         both = {"keep": manifest.keep, "mtp_keep": manifest.mtp_keep}
         lists = {name: {str(layer): list(ids) for layer, ids in each.items()} for name, each in both.items()}
         return {**lists, **({"width": manifest.width.to_dict()} if manifest.width else {})}

@@ -16,9 +16,11 @@ rounded down -1/2, with no code farther than a step.
 the range or was searched around that, by a clip between 1 - V and 1.2. Rounded to a 16-bit float, a scale moves by less
 than 2^-8; twice, as the start is rounded too.
 
-*Size.* The mean of (v + u)^2 is at most V^2 + 1/12, its variance V^2 / 3 + 1/180. So the squared error of a weight is
-at most 12 V^2 + 1 times that of plain rounding, 1/12 of the square of a step for each weight, times the square of how
-much wider scales may be; unless they are so narrow that what they clip costs more.
+*Size.* Where r lies beyond the range by e, a code at the end is s e off, and one that is not is s (v + u) off; where it
+lies in the range, a code is s (v + u) off at most. So the squared error of a weight is at most the sum of s^2 (v + u)^2
+over its codes and of s^2 e^2 over those beyond: the second, what the range cannot hold of weights whose scale was
+clipped, is known and taken off. Of the rest the mean of (v + u)^2 is at most V^2 + 1/12, its variance V^2 / 3 + 1/180:
+12 V^2 + 1 times what plain rounding in the same steps leaves, s^2 / 12 for each weight.
 
 Limits are where chance leaves off: by Chernoff's bound a share of x among n that have probability p each comes up with
 less than exp(-n KL(x || p)), a mean z standard deviations off with less than exp(-z^2 / 2). Both are taken at
@@ -92,13 +94,15 @@ class _Groups:
     Attributes:
         ratio_OG: scales, as factors of those that plain rounding takes; 1 for groups of zeros.
         number: of groups that hold more than zeros.
-        plain: squared error to be expected of plain rounding.
+        plain: squared error to be expected of plain rounding with these scales, none taken for wider than may be.
+        spread: root of the sum of the squares of what each group has of that.
 
     """
 
     ratio_OG: NDArray[np.float32]
     number: int
     plain: float
+    spread: float
 
     @classmethod
     def of(cls, sums: Sums, freedom: Freedom) -> _Groups:
@@ -108,10 +112,12 @@ class _Groups:
         plain_OG[~used_OG] = 1
         ratio_OG = np.abs(scale_OG) / plain_OG
         ratio_OG[~used_OG] = 1
-        plain_OG[~used_OG] = 0
         span = -(-sums.columns // peak_OG.shape[1])  # of a short last group too, which only raises the limit
-        square = float(np.square(plain_OG, dtype=np.float64).sum())
-        return cls(ratio_OG, int(np.count_nonzero(used_OG)), square * span / 12)
+        step_OG = plain_OG * np.minimum(ratio_OG, np.float32(freedom.widest * _ROUNDED))
+        square_OG = np.square(step_OG, dtype=np.float64) * used_OG * (span / 12)
+        return cls(
+            ratio_OG, int(np.count_nonzero(used_OG)), float(square_OG.sum()), math.sqrt(np.vdot(square_OG, square_OG))
+        )
 
 
 def found_in(sums: Sums, square: float, freedom: Freedom) -> tuple[str, str]:
@@ -119,7 +125,7 @@ def found_in(sums: Sums, square: float, freedom: Freedom) -> tuple[str, str]:
 
     Args:
         sums: over all its rows.
-        square: its squared error.
+        square: its squared error, less what the range of codes cannot hold.
         freedom: what the way of rounding leaves open.
 
     """
@@ -168,13 +174,13 @@ def _signs(sums: Sums, freedom: Freedom) -> str:
 
 
 def _size(groups: _Groups, square: float, freedom: Freedom) -> str:
-    """A weight that is farther from the source's than codes and scales of its kind can be."""
-    spread = 12 * math.sqrt(freedom.offset**2 / 3 + 1 / 180) * freedom.widest**2
-    most = freedom.growth + SIGMAS * spread / math.sqrt(max(groups.number, 1))
-    if not groups.plain or square <= most * groups.plain:
+    """A weight that is farther from the source's than codes of its kind can be."""
+    deviation = 12 * math.sqrt(freedom.offset**2 / 3 + 1 / 180)
+    most = freedom.growth * groups.plain + SIGMAS * deviation * groups.spread
+    if not groups.plain or square <= most:
         return ""
-    times = math.sqrt(square / groups.plain)
-    return f"its error is {times:.2f} times that of plain rounding, expected at most {math.sqrt(most):.2f} times"
+    times, most = (math.sqrt(each / groups.plain) for each in (square, most))
+    return f"its error is {times:.2f} times that of plain rounding with its scales, expected at most {most:.2f} times"
 
 
 def _scales(groups: _Groups, freedom: Freedom) -> str:
