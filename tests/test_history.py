@@ -391,6 +391,19 @@ def test_verify_proves_it_against_every_source_on_the_way(chain: list[Path]) -> 
     assert verify(chain[3], source=chain[1], independent=True).sound
 
 
+def test_what_was_pruned_of_integers_and_converted_is_proved_against_them(chain: list[Path], tmp_path: Path) -> None:
+    prune(chain[2], tmp_path / "fewer", 2, 1)
+    shardxform("convert", tmp_path / "fewer", tmp_path / "out", "--to", "compressed-tensors", "-q")
+    for source in (chain[2], tmp_path / "fewer"):
+        report = verify(tmp_path / "out", source=source)
+        assert report.sound
+        assert report.values_compared == report.tensors
+    with pytest.raises(PlanError, match=r"in several steps \(prune\), which the second opinion does not derive"):
+        verify(tmp_path / "out", source=chain[2], independent=True)
+    with pytest.raises(CheckpointError, match="which are not proved at once"):
+        verify(tmp_path / "out", source=chain[0])
+
+
 def test_a_changed_value_is_found_by_way_of_others(chain: list[Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(chain[0], tmp_path / "source"))
     (place,) = Checkpoint.open(source).tensors["model.language_model.embed_tokens.weight"].ranges

@@ -47,6 +47,7 @@ _VERBS: Final = ("prune", "quantize", "convert")
 _ASKED: Final = ("options", "manifest", "scheme", "recipe", "target", "family", "made_by")
 _COUNTS: Final = ("bytes_before", "experts_before", "experts_after")
 _FOUND: Final = ("dropped", "chosen")
+_QUANTIZED: Final = ("quantization_config", "compression_config", "quantization")  # keys of a config
 _CLOCK: Final = "seconds"  # of a block, in records of the first versions; no record has a clock
 _MOST_STEPS: Final = 32
 _MOST_BYTES: Final = 64 << 20  # of all steps, mostly marks of values; a record is read up to four times that
@@ -212,7 +213,7 @@ def refuse_way(source: Checkpoint, record: Record | None) -> None:
     """
     steps = steps_since(source, record.inputs, None) if record else []
     made = [str(step["command"]) for step in steps if step["command"] != "convert"]
-    if len(made) > 1:
+    if len(made) > (0 if len(steps) > 1 and any(source.config.get(key) for key in _QUANTIZED) else 1):
         raise PlanError(
             f"`independent`: OUT was made from {source.where} in several steps ({', '.join(made)}), which the second"
             " opinion does not derive; give what OUT was made from itself as `source`"

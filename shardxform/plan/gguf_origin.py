@@ -68,8 +68,9 @@ def inputs_for(
     """
     origin, recorded = origin_of(inputs), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
-    between = [] if direct or packed else steps_since(source, inputs, facts)
-    if sum(step.get("command") != "convert" for step in between) > 1:
+    between = [] if direct else steps_since(source, inputs, facts)
+    made = sum(step.get("command") != "convert" for step in between)
+    if made > (0 if packed and len(between) > 1 else 1):
         return {**inputs, **put_together(source, between)}
     return inputs if direct or packed or origin is None else {**inputs, **origin}
 
