@@ -740,7 +740,8 @@ def test_a_healed_and_tuned_output_is_better_and_loads(kind: str, name: str, fol
     command = ["quantize", str(root), str(out), "-m", str(tmp_path / "keep.json"), "--format", name, "-q"]
     command += ["--method", "auto-round", "--iters", "20", "--merge", "--heal", "all", "--heal-iters", "8"]
     command += ["--heal-lr", "0.005"]
-    command += ["--group-size", str(CASES[kind].group_size), "--data", str(few("calib.jsonl")), "--samples", "8"]
+    samples = "16" if kind == "mellum" else "8"  # merged without a trace, it has what rounding left to heal alone
+    command += ["--group-size", str(CASES[kind].group_size), "--data", str(few("calib.jsonl")), "--samples", samples]
     command += ["--seqlen", "32", "--batch-size", "4", "--dtype", "float32"]
     result = CliRunner().invoke(main, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -15,7 +15,7 @@ from build import Raw, bf16, read_checkpoint, tiny, write_checkpoint
 from test_quantize import KIND_SIZES
 from test_verify_quantized import SIDECARS, convert, edit_json, quantize, sound
 
-from shardxform.ask.recipe import Recipe
+from shardxform.ask.recipe import Reach, Recipe
 from shardxform.base.constants import CLIP_RANGE
 from shardxform.formats import rounding
 from shardxform.formats.packing import code_sum
@@ -401,7 +401,7 @@ def test_the_size_of_an_error_is_that_within_the_range(clip: float) -> None:
     peaks = np.abs(weights.reshape(256, 4, 32)).max(axis=2)
     scales = np.where(peaks > 0, peaks / 8 * clip, 1).astype("f4")
     ratio = weights / np.repeat(scales, 32, axis=1)
-    freedom = parts.freedom_of(Grid(), 0.75)
+    freedom = parts.freedom_of(Grid(), Reach(0.75, 0.75))
     for offset, told in ((0.75, False), (1.25, True)):
         off = np.rint(ratio + offset * rng.choice([-1, 1], ratio.shape)).clip(-8, 7) - ratio
         inside = np.clip(ratio, -8, 7) - ratio
