@@ -28,13 +28,13 @@ __all__ = [
     "HISTORY",
     "NO_PAST",
     "Past",
-    "carried",
-    "origin_of",
+    "made_before",
     "past_of",
     "put_together",
     "refuse_way",
     "steps_of",
     "steps_since",
+    "steps_to_carry",
 ]
 
 HISTORY: Final = "history"
@@ -144,12 +144,12 @@ def past_of(source: Checkpoint) -> Past:
         record = read_written(path)
         if why := _misfit(record, source):
             raise RecordError(why)
-        return Past(steps=carried(record), digests=record.digests or {})
+        return Past(steps=steps_to_carry(record), digests=record.digests or {})
     except RecordError as e:
         return Past(note=f"{PROVENANCE} is not believed: {e}; how the source was made is not carried on")
 
 
-def carried(record: Record) -> tuple[Mapping[str, Any], ...]:
+def steps_to_carry(record: Record) -> tuple[Mapping[str, Any], ...]:
     """Steps that an output of this record was made by, itself the last, as another one's record carries them on.
 
     Raises:
@@ -168,14 +168,14 @@ def steps_of(record: Record) -> tuple[Fields, ...]:
     """The same for whoever reads single values; the last has all that the record says of its own step.
 
     Raises:
-        RecordError: see `carried`.
+        RecordError: see `steps_to_carry`.
 
     """
     own = {**record.inputs, "facts": record.facts, "summary": record.summary}
     return tuple(map(Fields, (*_earlier(record.inputs), own)))
 
 
-def origin_of(inputs: Mapping[str, object]) -> Mapping[str, Any] | None:
+def made_before(inputs: Mapping[str, object]) -> Mapping[str, Any] | None:
     """Inputs of the step before, which made what a converted output was converted from; None of any other.
 
     Conversions change no value: the step is the last one that is none.

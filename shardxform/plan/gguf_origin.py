@@ -12,7 +12,7 @@ from typing import Any, Final
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
 from shardxform.ask.recipe import HEALED, Heal, Recipe
 from shardxform.checkpoint.gguf import GgufModel
-from shardxform.checkpoint.history import origin_of, put_together, steps_since
+from shardxform.checkpoint.history import made_before, put_together, steps_since
 from shardxform.checkpoint.identity import Identity, config_sha256, identify, names_of
 from shardxform.checkpoint.record import PROVENANCE, read_record
 from shardxform.checkpoint.table import Checkpoint
@@ -66,7 +66,7 @@ def inputs_for(
         CheckpointError: steps lie between that are not put together.
 
     """
-    origin, recorded = origin_of(inputs), inputs.get("source")
+    origin, recorded = made_before(inputs), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
     between = [] if direct else steps_since(source, inputs, facts)
     made = sum(step.get("command") != "convert" for step in between)

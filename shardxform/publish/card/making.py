@@ -16,7 +16,7 @@ from shardxform.publish.card.facts import (
     QuantizationFacts,
     StepFacts,
 )
-from shardxform.publish.card.markdown import code, figure, folded, listing, sizes, table
+from shardxform.publish.card.markdown import code, figure, folded, listing, pipe_table, sizes
 from shardxform.publish.card.steps import words_of
 
 __all__ = ["data_text", "healing", "pruning", "quantization", "steps", "text_name"]
@@ -83,7 +83,7 @@ def _healed(made: HealingFacts) -> Iterator[str]:
         columns = ("block", "pruned", "healed", "ratio", "tuned", "steps")[: 5 if made.iters else 6]
         if made.only_merged:
             columns = ("block", "pruned", "merged", "ratio", "how far")
-        yield folded(table(columns, [_healed_block(block)[: len(columns)] for block in made.blocks]))
+        yield folded(pipe_table(columns, [_healed_block(block)[: len(columns)] for block in made.blocks]))
 
 
 def quantization(facts: CardFacts) -> Iterator[str]:
@@ -109,7 +109,7 @@ def _rounded(made: QuantizationFacts) -> Iterator[str]:
         flatters = ", on a window that was tuned on as well, which flatters" if judged is False else ""
         yield f"Squared error of each block's output, relative to every token's own size{where}{flatters}:"
         columns = ("block", "rounded", "tuned", "ratio", "experts never reached")
-        yield folded(table(columns, [_block(block) for block in made.blocks]))
+        yield folded(pipe_table(columns, [_block(block) for block in made.blocks]))
 
 
 def _pruning_lines(pruned: PruningFacts) -> Iterator[tuple[str, str]]:

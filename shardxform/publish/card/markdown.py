@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from shardxform.base.tensors import show_size
 from shardxform.publish.card.facts import Change
 
-__all__ = ["code", "count", "fence", "figure", "folded", "listing", "shell", "sizes", "table"]
+__all__ = ["code", "fence", "figure", "folded", "listing", "pipe_table", "shell", "short_count", "sizes"]
 
 
 def code(text: str) -> str:
@@ -47,7 +47,7 @@ def _quoted(word: str) -> str:
     return f"$'{''.join(letters)}'"
 
 
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def pipe_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table of figures, the first column to the left, the others to the right; empty without lines."""
     listed = [*lines]
     if not listed:
@@ -61,7 +61,7 @@ def listing(pairs: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"- {label}: {value}" for label, value in pairs if value)
 
 
-def count(count: int) -> str:
+def short_count(count: int) -> str:
     """A count of parameters as people say it: `34.66 B`, `4.41 M`."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
         if count >= size:

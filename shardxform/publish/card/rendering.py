@@ -15,7 +15,7 @@ from typing import Final
 from shardxform.publish.card import making
 from shardxform.publish.card.facts import CardFacts, Change, Data, EvaluationFacts, PruningFacts, TaskFacts
 from shardxform.publish.card.making import text_name
-from shardxform.publish.card.markdown import code, count, fence, figure, folded, shell, sizes, table
+from shardxform.publish.card.markdown import code, fence, figure, folded, pipe_table, shell, short_count, sizes
 from shardxform.publish.card.writing import MARK
 
 __all__ = ["front_matter", "render"]
@@ -91,7 +91,7 @@ def _stored(facts: CardFacts) -> str:
 
 def _figures(facts: CardFacts) -> Iterator[str]:
     """What changed in size, and what did not."""
-    yield table(
+    yield pipe_table(
         ("", "before", "after"),
         [
             ("size of the tensors", *sizes(facts.nbytes)),
@@ -124,7 +124,7 @@ def _counts(change: Change) -> tuple[str, str]:
 def _parameters(label: str, change: Change | None) -> Iterator[tuple[str, str, str]]:
     """A line for a count, where it is known."""
     if change:
-        yield (label, "" if change.before is None else count(change.before), count(change.after))
+        yield (label, "" if change.before is None else short_count(change.before), short_count(change.after))
 
 
 # -- what it is worth -------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _evaluation(facts: CardFacts) -> Iterator[str]:
 
 def _of_tasks(facts: CardFacts) -> Iterator[str]:
     columns = [column for column in _TASK_COLUMNS if any(column[1](found) for found in facts.tasks)]
-    yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.tasks])
+    yield pipe_table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in facts.tasks])
     told = ", ".join(dict.fromkeys(found.harness for found in facts.tasks))
     part = " Of each task only the first documents were asked." if any(found.limited for found in facts.tasks) else ""
     yield f"Tasks are those of {told}; ± is a standard error over documents.{part}"
@@ -165,7 +165,7 @@ def _reference(facts: CardFacts, compared: Sequence[EvaluationFacts] | Sequence[
 def _of_text(facts: CardFacts) -> Iterator[str]:
     lines = [each for found in facts.evaluations for each in (*found.sources, found)]
     columns = [column for column in _COLUMNS if any(column[1](found) for found in lines)]
-    yield table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
+    yield pipe_table([name for name, _ in columns], [[cell(found) for _, cell in columns] for found in lines])
     compared = [found for found in facts.evaluations if found.reference is not None]
     if compared:
         unknown = "the checkpoint that this one was held against, whether or not that is its source"
@@ -188,7 +188,7 @@ def _of_text(facts: CardFacts) -> Iterator[str]:
         if found.block_errors:
             yield f"Relative error of each block's output on {code(found.data.name)}, each model on its own chain:"
             known = enumerate(found.block_errors)
-            yield folded(table(("block", "error"), [(str(n), "" if e is None else f"{e:.2%}") for n, e in known]))
+            yield folded(pipe_table(("block", "error"), [(str(n), "" if e is None else f"{e:.2%}") for n, e in known]))
 
 
 def _divergence(found: EvaluationFacts) -> str:
