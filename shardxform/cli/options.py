@@ -334,7 +334,7 @@ FIRST_STEP: Final[Any] = option(
 )
 
 FIRST_CLIP_STEP: Final[Any] = option(
-    "That of the scales, as parts of them.  [default: a quarter of --lr]",
+    "First step of scales, each in parts of itself.  [default: a quarter of --lr]",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="R",
 )
