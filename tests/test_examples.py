@@ -100,7 +100,7 @@ def test_score_and_select(tmp_path: Path) -> None:
 def test_quantize_blocks_apart(tmp_path: Path) -> None:
     said = run_forked("quantize_blocks_apart.py", tmp_path / "out", tmp_path)
     assert said.endswith("\nthe bytes are those of one run\n")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["merged", "whole"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["joined", "whole"]
 
 
 @pytest.mark.slow
