@@ -256,6 +256,7 @@ def test_a_local_run_goes_on_with_what_a_cluster_began(cluster: str, local: Loca
     assert tree(tmp_path / "out") == local("prune")
 
 
+@by_night
 def test_a_machine_that_is_lost_does_not_matter(running: RayCluster, local: Local, tmp_path: Path) -> None:
     """A second one, that is killed with all its processes in the midst of a step, while the first one works."""
     workers = tmp_path / "workers"
@@ -314,6 +315,7 @@ def test_an_error_in_a_step_is_told_on_one_line_and_not_tried_again(
     assert len(tried) == len(set(tried))  # those that were submitted with it
 
 
+@by_night
 def test_workers_that_die_again_and_again_end_the_run(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "Reach",
     "Recipe",
     "Trial",
+    "first_steps_told",
     "held_out",
     "split_windows",
 ]
@@ -255,6 +256,19 @@ class Recipe:
         if self.heal.schedule or self.heal.seconds:
             del facts["heal"]["iters"]
         return facts
+
+
+def first_steps_told(recorded: Mapping[str, object], iters: int) -> Reach:
+    """How far the first of `iters` steps moves an offset and a clip, by the recipe of a record.
+
+    Where that has none, or one that makes no sense, an offset moves by 1 / iters, and a clip as far as an offset.
+    """
+    lr, minmax_lr = (
+        found if type(found) is float and 0 < found <= 1 else None
+        for found in (recorded.get("lr"), recorded.get("minmax_lr"))
+    )
+    offset = lr or 1 / iters
+    return Reach(offset, minmax_lr or offset)
 
 
 def held_out(samples: int) -> int:

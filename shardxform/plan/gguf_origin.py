@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shardxform.ask.manifest import FORMAT, VERSION, Manifest
-from shardxform.ask.recipe import HEALED, Heal, Recipe
+from shardxform.ask.recipe import HEALED, Heal, Recipe, first_steps_told
 from shardxform.checkpoint.gguf import GgufModel
 from shardxform.checkpoint.history import made_before, put_together, steps_since
 from shardxform.checkpoint.identity import Identity, config_sha256, identify, names_of
@@ -154,14 +154,8 @@ def _recipe(recorded: object) -> Recipe | None:
     steps = iters if type(iters) is int and iters > 0 else 0
     if not healing and not steps:
         return None
-    lr, minmax_lr = (_first_step(recorded.get(name)) if steps else None for name in ("lr", "minmax_lr"))
-    if steps and minmax_lr is None:  # clips moved as far as offsets
-        minmax_lr = lr or 1 / steps
+    lr, minmax_lr = first_steps_told(recorded, steps) if steps else (None, None)
     return Recipe(windows="", data={}, samples=2, seqlen=1, iters=steps, lr=lr, minmax_lr=minmax_lr, heal=healing)
-
-
-def _first_step(found: object) -> float | None:
-    return found if type(found) is float and 0 < found <= 1 else None
 
 
 # -- the checkpoint that it stands for --------------------------------------------------------------------------------

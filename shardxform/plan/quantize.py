@@ -108,11 +108,7 @@ def plan_quantize(
     _refuse_second_rounding(selection, scheme, stored)
     _refuse_still(view, selection, scheme, recipe)
     quantization = build(selection, scheme, view.layout, recipe.iters if recipe else 0)
-    stacks: list[Stack] = []
-    told: tuple[str, ...] = ()
-    if scheme.format == "mlx":
-        mlx.refuse_unrun(view.layout, selection.quantized)
-        stacks = mlx.stacks_of(view.layout, selection.quantized)
+    stacks = _stacks(view, selection, scheme)
     kept = _kept(view, selection, scheme)
     copied = {name: ref for name, ref in kept.items() if not isinstance(ref, Encoded)}
     gathered = gathered_tensors(selection, scheme, kept)
@@ -127,10 +123,7 @@ def plan_quantize(
     still = frozenset(module.name for module in selection.quantized if is_carried(module, scheme))
     encoded = _Quantized(Ints.of(scheme), selection.quantized, stacks, still)
     computed = _computed(plain or source, view, shards, gathered, encoded, healed, recipe)
-    config = with_declared(view.checkpoint.config, quantization)
-    if scheme.format == "mlx":
-        config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
-        told = tuple(mlx.notes_of(view.source_layout, config))
+    config, told = _config(view, quantization, scheme)
     quantized_view = replace(view, checkpoint=replace(view.checkpoint, config=config))
     sidecars, identity, past = sidecar_digests(view.checkpoint), identity_when_asked(source), past_of(source)
     plan = Plan(
@@ -160,6 +153,27 @@ def plan_quantize(
     )
     plan.check()
     return plan
+
+
+def _stacks(view: View, selection: Selection, scheme: Scheme) -> list[Stack]:
+    """Stacks of experts that a format has; none where experts are written one by one.
+
+    Raises:
+        SchemeError: MLX would run something else.
+
+    """
+    if scheme.format != "mlx":
+        return []
+    mlx.refuse_unrun(view.layout, selection.quantized)
+    return mlx.stacks_of(view.layout, selection.quantized)
+
+
+def _config(view: View, quantization: dict[str, Any], scheme: Scheme) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The config that is written, and what a person should know of it."""
+    if scheme.format != "mlx":
+        return with_declared(view.checkpoint.config, quantization), ()
+    config = mlx.config_of(view.checkpoint.config, view.layout, quantization)
+    return config, tuple(mlx.notes_of(view.source_layout, config))
 
 
 def _plan_gguf(

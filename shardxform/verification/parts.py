@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Final
 
-from shardxform.ask.recipe import Reach
+from shardxform.ask.recipe import Reach, first_steps_told
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import CheckpointError, FamilyError, SchemeError
@@ -242,19 +242,13 @@ def rule_of(
 def _reach(recipe: object) -> Reach | None:
     """How far tuning a block can move offsets and clips, by our record; None where it says nothing.
 
-    Steps fall to zero linearly from the first: `lr` and `minmax_lr`. Where the record has none, `lr` is 1 / steps, and
-    `minmax_lr` as large as it.
+    Steps fall to zero linearly from the first.
     """
     iters = recipe.get("iters") if isinstance(recipe, Mapping) else None
     if not isinstance(recipe, Mapping) or type(iters) is not int or iters < 1:
         return None
-    lr = _first_step(recipe.get("lr")) or 1 / iters
-    minmax_lr = _first_step(recipe.get("minmax_lr")) or lr
-    return Reach(lr * (iters + 1) / 2, minmax_lr * (iters + 1) / 2)
-
-
-def _first_step(found: object) -> float | None:
-    return found if type(found) is float and 0 < found <= 1 else None
+    offset, clip = first_steps_told(recipe, iters)
+    return Reach(offset * (iters + 1) / 2, clip * (iters + 1) / 2)
 
 
 def freedom_of(grid: Grid, reach: Reach | None, tolerance: float | None = None) -> Freedom:
