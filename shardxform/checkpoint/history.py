@@ -291,9 +291,7 @@ def _are_one(steps: Sequence[Fields]) -> bool:
         return False
     if any(number < other for number in halves for other in converts):
         return False
-    if _is_gguf(steps[-1]) and (
-        halves or any("mlx" in _formats(step) for step in steps)
-    ):
+    if _is_gguf(steps[-1]) and (halves or any("mlx" in _formats(step) for step in steps)):
         return False
     return not any(_is_gguf(step) for step in steps[:-1])
 
