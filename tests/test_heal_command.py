@@ -189,6 +189,21 @@ def test_windows_made_of_pieces_teach_and_never_judge(healed: Path, keep: str, t
     assert "--heal-extra is for --heal" in refused.output
 
 
+def shared_by_tokens(path: Path) -> float:
+    """Of the experts of a token in the first block, the share that any token has too, on the mean, by transformers."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    seen: list[Any] = []
+    model.model.layers[0].mlp.gate.register_forward_hook(lambda _module, _args, out: seen.append(out[-1]))
+    with torch.no_grad():
+        model(input_ids=torch.from_numpy(windows()[JUDGES]).long())
+    (chosen_TK,) = seen
+    same_TT = (chosen_TK[:, None, :, None] == chosen_TK[None, :, None, :]).sum((-1, -2))
+    return float(same_TT.double().mean()) / chosen_TK.shape[1]
+
+
 def test_what_is_chosen_differs_and_the_rest_of_a_block_is_as_pruned(plain: Path, keep: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shown = call("prune", str(SMALL_MOE), str(out), "-m", keep, *AUTO).output
@@ -200,11 +215,14 @@ def test_what_is_chosen_differs_and_the_rest_of_a_block_is_as_pruned(plain: Path
         what, tried = block["healed"]["what"], block["healed"]["tried"]
         assert [trial["what"] for trial in tried] in ([], ["all"] * 2, ["all", "all", "shared"])
         steps = []
-        for of, reach in (("all", 1 / 2), ("shared", 1)):  # a token comes to half of the experts
+        reach = shared_by_tokens(plain) if layer == 0 else 1 / 2  # of the others, nothing was healed before the first
+        for of, reached in (("all", reach), ("shared", 1)):
             weights = sum(size for name, size in sizes.items() if f".layers.{layer}." in name and PARTS[of](name))
-            steps.append(min(0.16, 3.2 * ((SAMPLES - 1) * SEQLEN * reach / weights / 4) ** 0.5))
+            steps.append(min(0.16, 3.2 * ((SAMPLES - 1) * SEQLEN * reached / weights / 4) ** 0.5))
         done = [trial["lr"] for trial in tried] or [block["healed"]["lr"]]
-        assert done == pytest.approx([steps[0], steps[0] / 4, steps[1]][: len(done)], rel=1e-6)
+        wanted = [steps[0], steps[0] / 4, steps[1]][: len(done)]
+        assert done == pytest.approx(wanted, rel=1e-6 if layer == 0 else 0.4)
+        assert layer == 0 or all(step >= least for step, least in zip(done, wanted, strict=True))
         assert (what, block["healed"]["lr"]) in ((what, done[-1]), (None, 0.0))
         mine = {name for name in changed if f".layers.{layer}." in name}
         assert mine <= {name for name in mine if what and PARTS[what](name)}

@@ -127,6 +127,22 @@ def test_experts_move_as_plain_autograd_moves_them(bits: Any, engine: str) -> No
     assert len(up._clip_RG.unique()) > 4
 
 
+@pytest.mark.parametrize("engine", ["compiled", "grouped"])
+def test_reach_is_that_of_the_expert_of_a_token(engine: str) -> None:
+    """Over all calls; numbers from `EXPERTS` on mean no expert."""
+    with Workers(1) as workers:
+        module = TunedExperts(*stacks(Grid(group_size=32), workers), gate, workers)
+        module.grouped = engine == "grouped"
+        assert module.reach == 1.0
+        hidden, _, weight, _ = inputs()
+        first, second = torch.full((2, TOKENS, TOP), EXPERTS)
+        first[:, 0], first[: TOKENS // 4, 1] = 0, 1
+        module(hidden, first, weight)
+        assert module.reach == pytest.approx((1 * 1 + 1 / 4 * 1 / 4) / (1 + 1 / 4))
+        module(hidden, second, weight)
+        assert module.reach == pytest.approx((1 / 2 * 1 / 2 + 1 / 8 * 1 / 8) / (1 / 2 + 1 / 8))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_layer_moves_as_plain_autograd_moves_it(bias: bool) -> None:
     grid = Grid(group_size=64)

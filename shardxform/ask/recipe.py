@@ -67,7 +67,7 @@ class Heal:
     """Tuning the 16-bit weights of a pruned block until it resembles the block before pruning.
 
     Attributes:
-        what: which weights; `auto` all, or where these do held-out windows no good the shared ones, block by block.
+        what: which weights; `auto` all, or where these do held-out windows harm the shared ones, block by block.
         iters: steps a block; with `merge` there may be none.
         schedule: steps of each block that is healed, in their order, where they are not `iters` for all.
         seconds: time to spend on all of them, which then decides their steps; 0 for none.
@@ -119,9 +119,9 @@ class Heal:
 
     @property
     def trials(self) -> tuple[Trial, ...]:
-        """What is done, one after the other and each in full, until the held-out windows are better for it.
+        """What is done, one after the other and each in full, until the held-out windows are not worse for it.
 
-        A step that was not given and makes them no better is too large for so little text: many such steps learn it by
+        A step that was not given and makes them worse is too large for so little text: many such steps learn it by
         heart. So a part of it follows, and then fewer weights.
         """
         first, *fewer = ("all", "shared") if self.what == "auto" else (self.what,)

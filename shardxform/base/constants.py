@@ -52,11 +52,16 @@ REPLACED: Final = 0.5
 STEP: Final = 3.2
 SMALLEST_STEP: Final = 1e-3
 LARGEST_STEP: Final = 0.16
-"""The first step of healing is so much times the square root of the tokens that come to an expert, on the mean, for
-each weight of the block and each step; between the smallest and the largest."""
+"""The first step of healing is so much times the square root of the tokens that come to the expert of a token, on the
+mean, for each weight of the block and each step; between the smallest and the largest."""
+
+WORSE_ERRORS: Final = 2.0
+WORSE_PART: Final = 0.05
+"""A healed block is dropped where the windows that judge are worse for it by so many standard errors, or by such a
+part. What they say of less is chance, and healing is the better guess."""
 
 SHORTER: Final = 4
-"""A block that a step which was not given leaves no better is healed once more with one of so many parts of it."""
+"""A block that a step which was not given leaves worse is healed once more with one of so many parts of it."""
 
 PACE_STEPS: Final = 10
 """Steps that show what healing a block takes and gives, where a time is given to all of them."""

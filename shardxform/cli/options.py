@@ -232,7 +232,7 @@ class HealFlags(Flags, heading="Healing"):
     heal: What | None = option(
         "After pruning, tune each block's 16-bit weights on --data until it does what the unpruned block did: "
         "the router, the shared experts too, the routed experts, all MoE weights, or the whole block; auto: the whole "
-        "block, or the shared experts where that is no better.  [alone: auto; then put it after SRC and OUT, or write "
+        "block, or the shared experts where that is worse.  [alone: auto; then put it after SRC and OUT, or write "
         "--heal=auto]",
         type=Healed(list(get_args(What))),
         is_flag=False,

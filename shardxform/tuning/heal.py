@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from shardxform.ask.recipe import Heal, Trial
-from shardxform.base.constants import LARGEST_STEP, PACE_STEPS, SMALLEST_STEP, STEP
+from shardxform.base.constants import LARGEST_STEP, PACE_STEPS, SMALLEST_STEP, STEP, WORSE_ERRORS, WORSE_PART
 from shardxform.tuning.samples import (
     Forward,
     Judged,
@@ -235,14 +235,15 @@ class MovingBlock:
         forward: runs it.
         wide: by local name, what moves outside the experts.
         stacks: the experts' weights, whether they move or not.
-        reach: share of the tokens that come to one of the routed experts, on the mean, where these move; 1 elsewhere.
+        reach: share of the tokens that it was run on that came to the expert of a token, on the mean, where routed
+            experts move; 1 elsewhere.
         rounded: rounds what moved to what it is written in, where that is not what it moves in.
     """
 
     forward: Forward
     wide: Mapping[str, Wide]
     stacks: tuple[HealedStack, ...]
-    reach: float = 1.0
+    reach: Callable[[], float] = lambda: 1.0
     rounded: Callable[[MovingBlock], None] | None = None
 
     @property
@@ -280,10 +281,11 @@ class HealResult:
     Attributes:
         start_loss: squared error of the pruned block's output relative to the original's, the mean over the tokens of
             the held-out samples; of nothing merged.
-        loss: of what was kept; the same when nothing was better.
+        loss: of what was kept; the same when all else was worse.
         judged: what the held-out samples were.
         ratio_error: standard error of loss / start_loss over them; NaN for a single one.
-        what, lr: how it was healed; None and 0 when it stays as it was pruned.
+        what, lr: how it was healed; None and 0 when it stays as it was pruned. What is healed may have a loss that is
+            larger by what may be chance.
         tried: all that was done, each with its step size and its loss; empty where that is one thing.
         diverged: whether the loss was no number at any time.
         merged_loss: the least of the block on the way to experts that pruned ones are merged into; None where none are.
@@ -316,7 +318,7 @@ def heal_block(
     dtype: torch.dtype = torch.float32,
     pruned: Loss | None = None,
 ) -> tuple[HealResult, MovingBlock]:
-    """Heal a block, unless nothing is better on the held-out samples than leaving it as it is loaded.
+    """Heal a block, unless held-out samples tell that all that was tried is worse than leaving it as it is loaded.
 
     Args:
         load: makes the block ready; called for each thing that is done.
@@ -377,9 +379,13 @@ class _Descent:
         return self.loss.mean if self.loss else math.inf
 
     @property
-    def better(self) -> bool:
-        """Whether it fell."""
-        return self.mean < self.start.mean
+    def worse(self) -> bool:
+        """Whether it is the same, or has grown by what the samples tell from chance; a single one is believed."""
+        if self.loss is None:
+            return True
+        grown_N = np.subtract(self.loss.sums, self.start.sums)
+        error = grown_N.std(ddof=1) / math.sqrt(len(grown_N)) if len(grown_N) > 1 else 0.0
+        return bool(grown_N.mean() >= min(WORSE_ERRORS * error, WORSE_PART * np.mean(self.start.sums)))
 
 
 class _Run:
@@ -429,11 +435,11 @@ class _Run:
         return self._judge(healing)
 
     def _healed(self) -> tuple[Trial, Loss, MovingBlock] | None:
-        """How the block was healed, its loss and the block; None where nothing makes it better."""
+        """How the block was healed, its loss and the block; None where all that is tried makes it worse."""
         for trial in self._heal.trials:
             done = self._descend(trial, self._heal.iters)
             self._tried.append((trial.what, done.lr, done.mean))
-            if done.better and done.loss:
+            if done.loss and not done.worse:
                 return Trial(trial.what, done.lr), done.loss, done.block
             del done  # lets go of the block before it is loaded again
         return None
@@ -448,7 +454,7 @@ class _Run:
         start = self._start = self._judge(healing)
         learned_N = self._learned_N
         tokens = len(learned_N) * self._samples.hidden_NTH.shape[1]
-        lr = trial.lr or trial.part * suggested_lr(tokens, healing.weights, healing.reach, iters)
+        lr = trial.lr or trial.part * suggested_lr(tokens, healing.weights, healing.reach(), iters)
         random = np.random.Generator(np.random.PCG64([self._seed, self._samples.block]))
         rows = learning_order(len(learned_N), self._heal.batch_size, random)
         try:
@@ -474,7 +480,7 @@ def suggested_lr(tokens: int, weights: int, reach: float, steps: int) -> float:
     Args:
         tokens: that teach.
         weights: that move.
-        reach: as of `MovingBlock`.
+        reach: share of these that come to the expert of a token, as of `MovingBlock`.
         steps: that are taken.
 
     """

@@ -119,7 +119,7 @@ class BlockHealer:
         self._losses = (pruned, tried[best])
 
     def heal(self, samples: Samples, heal: Heal, seed: int) -> HealResult:
-        """Heal the block, or leave it as it was pruned, or merged, if that is better on held-out samples."""
+        """Heal the block, or leave it as it was pruned, or merged, if held-out samples tell that this is better."""
         dtype = self._weights.precision.dtype
         pruned, merged_loss = self._losses or (None, None)
         result, self._healing = heal_block(self._load, samples, heal, seed, dtype, pruned)
@@ -258,9 +258,10 @@ class BlockHealer:
         first, second = stack_names(self._experts)[:2]
         stacks = HealedStack(tensors.pop(first), moves=moves), HealedStack(tensors.pop(second), moves=moves)
         self._biases = ExpertBiases(*tensors.values()) if tensors else None
-        self._put_experts(TunedExperts(*stacks, activation(self._experts), self._workers, self._biases))
+        experts = TunedExperts(*stacks, activation(self._experts), self._workers, self._biases)
+        self._put_experts(experts)
         rounded = self._round if self._small else None
-        reach = min(1.0, self._skeleton.layout.top_k / stacks[0].shape[0]) if moves else 1.0
+        reach = (lambda: experts.reach) if moves else (lambda: 1.0)
         return MovingBlock(forward=self._forward, wide=wide, stacks=stacks, reach=reach, rounded=rounded)
 
     def _names(self, what: str | None) -> set[str]:

@@ -171,9 +171,14 @@ class Routing:
         return place_S.view(self.shape)
 
     @property
+    def counts(self) -> list[int]:
+        """How many slots each expert has."""
+        return [end - begin for begin, end in itertools.pairwise(self.bounds)]
+
+    @property
     def reached(self) -> list[int]:
         """Experts with at least one token, ascending."""
-        return [e for e in range(len(self.bounds) - 1) if self.bounds[e + 1] > self.bounds[e]]
+        return [expert for expert, count in enumerate(self.counts) if count]
 
     def of(self, expert: int) -> slice:
         """Where an expert's slots stand."""
@@ -338,6 +343,8 @@ class TunedExperts(torch.nn.Module):
         down: weights [E, H, J].
         biases: what is added to their products, or None.
         reached_E: whether an expert was ever passed a gradient, of any token, over all calls.
+        tokens_E: how many tokens came to each expert over all calls.
+        tokens: how many there were.
     """
 
     def __init__(
@@ -352,6 +359,7 @@ class TunedExperts(torch.nn.Module):
         self.gate_up, self.down, self.gate, self.workers = gate_up, down, gate, workers
         self.biases = biases
         self.reached_E = [False] * gate_up.shape[0]
+        self.tokens_E, self.tokens = [0] * gate_up.shape[0], 0
         self.grouped = gate_up.device.type != "cpu"
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -360,12 +368,20 @@ class TunedExperts(torch.nn.Module):
         out: torch.Tensor = _Experts.apply(hidden_TH, weight_TK, self._anchor, index_TK, self)  # type: ignore[no-untyped-call]
         return out
 
+    @property
+    def reach(self) -> float:
+        """Share of the tokens that come to the expert that a token comes to, on the mean; 1 where none came to any."""
+        squares = sum(tokens * tokens for tokens in self.tokens_E)
+        return squares / (self.tokens * sum(self.tokens_E)) if squares else 1.0
+
     def multiply(
         self, hidden_TH: torch.Tensor, weight_TK: torch.Tensor, index_TK: torch.Tensor, kept: dict[int, torch.Tensor]
     ) -> torch.Tensor:
         """Outputs [T, H]; what is worth it for `pass_back` is put into `kept`."""
         keeps = index_TK.numel() * self.gate_up.shape[1] * hidden_TH.element_size() <= KEPT_BYTES
         routing = route(index_TK, self.gate_up.shape[0])
+        self.tokens += routing.shape[0]
+        self.tokens_E = [known + new for known, new in zip(self.tokens_E, routing.counts, strict=True)]
         if self.grouped:
             return _multiply_grouped(self._both, hidden_TH, weight_TK, routing)
         out_TH = torch.zeros(hidden_TH.shape, dtype=torch.float32)

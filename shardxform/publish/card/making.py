@@ -22,7 +22,7 @@ from shardxform.publish.card.steps import words_of
 __all__ = ["data_text", "healing", "pruning", "quantization", "steps", "text_name"]
 
 _HEALED: Final = {  # names of `recipe.HEALED`, and what they stand for
-    "auto": "all of the block, or routers and shared experts where held-out windows were no better for that",
+    "auto": "all of the block, or routers and shared experts where held-out windows were worse for that",
     "router": "routers",
     "shared": "routers, shared experts and the norms before them",
     "experts": "routed experts",
