@@ -147,11 +147,8 @@ def test_the_source_may_be_in_float16(tmp_path: Path) -> None:
 def test_what_was_converted_twice_is_proven_against_all_before(source: Path, packed: Path, tmp_path: Path) -> None:
     second = convert(packed, tmp_path / "second", format="gptq")
     plain = convert(second, tmp_path / "plain", format="bf16")
-    for origin in (second, source):
+    for origin in (second, packed, source):
         assert whole(verify(plain, source=origin))
-    report = verify(plain, source=packed)  # which the record does not name
-    assert (report.problems, report.values_compared) == ((), report.tensors)
-    assert {warning.code for warning in report.warnings} == {"other-source"}
 
 
 @pytest.mark.parametrize("chunk", [2 * 64, 2 * 64 * 3 + 2, 1 << 20])

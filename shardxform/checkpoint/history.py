@@ -48,6 +48,7 @@ _ASKED: Final = ("options", "manifest", "scheme", "recipe", "target", "family", 
 _COUNTS: Final = ("bytes_before", "experts_before", "experts_after")
 _FOUND: Final = ("dropped", "chosen")
 _QUANTIZED: Final = ("quantization_config", "compression_config", "quantization")  # keys of a config
+_HALVES: Final = ("bf16", "fp16")  # targets that round values
 _CLOCK: Final = "seconds"  # of a block, in records of the first versions; no record has a clock
 _MOST_STEPS: Final = 32
 _MOST_BYTES: Final = 64 << 20  # of all steps, mostly marks of values; a record is read up to four times that
@@ -212,61 +213,102 @@ def refuse_way(source: Checkpoint, record: Record | None) -> None:
 
     """
     steps = steps_since(source, record.inputs, None) if record else []
-    made = [str(step["command"]) for step in steps if step["command"] != "convert"]
-    if len(made) > (0 if len(steps) > 1 and any(source.config.get(key) for key in _QUANTIZED) else 1):
+    made = [str(step.get("command")) for step in steps if step.get("command") != "convert"]
+    if len(made) > (0 if len(steps) > 1 and _is_quantized(source.config) else 1):
         raise PlanError(
             f"`independent`: OUT was made from {source.where} in several steps ({', '.join(made)}), which the second"
             " opinion does not derive; give what OUT was made from itself as `source`"
         )
 
 
+def _is_quantized(config: Mapping[str, Any]) -> bool:
+    """Whether a config declares quantized weights, of the model or of its decoder."""
+    homes = (config, *(inner for inner in config.values() if isinstance(inner, Mapping)))
+    return any(home.get(key) for home in homes for key in _QUANTIZED)
+
+
 def put_together(source: Checkpoint, steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Inputs of one command that does what steps did one after the other, conversions of the result apart.
+    """Inputs of one command that does what steps did one after the other.
 
     Raises:
-        CheckpointError: two of them pruned, healed or rounded, or what was converted on the way was worked on after.
+        CheckpointError: two of them pruned, healed or rounded, or one worked on what a conversion or rounding left.
 
     """
-    made = [step for step in steps if step["command"] != "convert"]
-    told = [Fields(step) for step in made]
-    twice = [
-        sum(map(bool, each)) > 1
-        for each in (
-            [step.section("manifest", "keep") for step in told],
-            [step.section("scheme") for step in told],
-            [step.section("recipe", "heal") for step in told],
-        )
-    ]
-    if any(twice) or any(step["command"] == "convert" for step in steps[: len(made)]):
-        verbs = ", ".join(str(step["command"]) for step in steps)
+    told = list(map(Fields, steps))
+    if not _are_one(told):
+        verbs = ", ".join(str(step.get("command")) for step in steps)
         raise CheckpointError(
             f"{source.where}: OUT was made from it in {len(steps)} steps ({verbs}), which are not proved at once; give"
             " what OUT was made from itself as `source`, and verify that against what it was made from"
         )
-    modes = [step.section("options").text("mtp") for step in told]
+    made = [step for step in told if step.get("command") != "convert"] or told
+    converted = [step for step in told if step.get("command") == "convert"]
     blocks: dict[int, dict[str, Any]] = {}
     for step in told:
         for block in step.section("facts").sections("blocks"):
             if (layer := block.whole("layer")) is not None:
                 blocks[layer] = {**blocks.get(layer, {}), **dict(block.items())}
+    rounded = [step for step in steps if step.get("command") == "quantize"]
     out = {
-        "command": "convert" if steps[-1]["command"] == "convert" else "quantize" if any(_rounds(told)) else "prune",
-        "manifest": next((step["manifest"] for step in made if step.get("manifest")), {}),
-        "scheme": next((step["scheme"] for step in made if step.get("scheme")), {}),
+        "command": "convert" if converted else "quantize" if rounded else "prune",
+        "manifest": next((step["manifest"] for step in steps if step.get("manifest")), {}),
+        "scheme": next((step["scheme"] for step in rounded if step.get("scheme")), {}),
         "recipe": {key: value for step in told for key, value in step.section("recipe").items()},
+        "target": dict(converted[-1].section("target").items()) if converted else {},
         "options": {
-            **dict(told[-1].section("options").items()),
+            **dict(made[-1].section("options").items()),
             "text_only": any(step.section("options").flag("text_only") for step in told),
-            "mtp": next((mode for mode in modes if mode != "auto"), "auto"),
+            "mtp": _mtp_of(told),
         },
         "facts": {"blocks": [blocks[layer] for layer in sorted(blocks)]},
-        "source": made[0]["source"],
+        "source": steps[0].get("source"),
     }
     return {key: value for key, value in out.items() if value or key == "manifest"}
 
 
-def _rounds(steps: Sequence[Fields]) -> Iterator[bool]:
-    return (bool(step.section("scheme")) for step in steps)
+def _mtp_of(steps: Sequence[Fields]) -> str:
+    """What became of MTP layers: left out by any of the steps, or what the one that prunes made of them."""
+    modes = [(step.section("options").text("mtp"), bool(step.section("manifest", "keep"))) for step in steps]
+    if any(mode == "drop" for mode, _ in modes):
+        return "drop"
+    return next((mode for mode, prunes in modes if prunes and mode), "auto")
+
+
+def _are_one(steps: Sequence[Fields]) -> bool:
+    """Whether one command gives what steps do, which each start from what the one before has written.
+
+    Integers that another format holds are the same ones, so that experts may go before and after. What is rounded, to a
+    grid or to 16 bits, is not what was read any more: nothing but its way into another format is known to follow.
+    """
+    prunes = [number for number, step in enumerate(steps) if step.section("manifest", "keep")]
+    rounds = [number for number, step in enumerate(steps) if step.get("command") == "quantize" or _kind_of(step)]
+    heals = [number for number, step in enumerate(steps) if step.section("recipe", "heal")]
+    if any(len(each) > 1 for each in (prunes, rounds, heals)):
+        return False
+    converts = [number for number, step in enumerate(steps) if step.get("command") == "convert"]
+    halves = [number for number in converts if steps[number].section("target").text("format") in _HALVES]
+    if any(number < other for number in converts for other in (*rounds, *heals)):
+        return False
+    if any(number < other for number in halves for other in converts):
+        return False
+    if _is_gguf(steps[-1]) and (halves or any("mlx" in _formats(step) for step in steps)):
+        return False
+    return not any(_is_gguf(step) for step in steps[:-1])
+
+
+def _kind_of(step: Fields) -> str:
+    """The kind of GGUF that weights were rounded for; empty where they were not."""
+    return step.section("options", "gguf").text("kind")
+
+
+def _is_gguf(step: Fields) -> bool:
+    """Whether a step wrote GGUF, out of safetensors."""
+    return bool(step.section("options", "gguf")) or "gguf" in _formats(step)
+
+
+def _formats(step: Fields) -> tuple[str, str]:
+    """What a step rounded to, and converted to."""
+    return step.section("scheme").text("format"), step.section("target").text("format")
 
 
 # -- of a record ------------------------------------------------------------------------------------------------------

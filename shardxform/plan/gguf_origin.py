@@ -66,13 +66,11 @@ def inputs_for(
         CheckpointError: steps lie between that are not put together.
 
     """
+    if len(between := steps_since(source, inputs, facts)) > 1:
+        return {**inputs, **put_together(source, between)}
     origin, recorded = made_before(inputs), inputs.get("source")
     direct = isinstance(recorded, Mapping) and recorded.get("config") == config_sha256(source.config)
-    between = [] if direct else steps_since(source, inputs, facts)
-    made = sum(step.get("command") != "convert" for step in between)
-    if made > (0 if packed and len(between) > 1 else 1):
-        return {**inputs, **put_together(source, between)}
-    return inputs if direct or packed or origin is None else {**inputs, **origin}
+    return inputs if between or direct or packed or origin is None else {**inputs, **origin}
 
 
 def redraft(

@@ -266,7 +266,7 @@ class Shifted(PackedWeight):
 class Small(PackedWeight):
     """Rows of a weight of small floats: scales, of blocks where it has some, and what multiplies or divides them.
 
-    Its codes may lie transposed, [I, O], and so may its scales.
+    Its codes may lie transposed, [I, O], and so may its scales; with `whole_bytes` they are integers with a sign.
     """
 
     factors: StoredBytes | None = None
@@ -275,6 +275,7 @@ class Small(PackedWeight):
     over: StoredBytes | None = None
     turned: bool = False
     scales_turned: bool = False
+    whole_bytes: bool = False
 
     @property
     def decoded(self) -> bool:
@@ -287,7 +288,8 @@ class Small(PackedWeight):
         rows, tensor = self._picked(start, stop), self.tensor
         total = math.prod(tensor.shape[: 2 if len(tensor.shape) == 4 else -1])
         bits = tensor.array().T if self.turned else tensor.array().reshape(total, -1)
-        numbers = small_floats(np.ascontiguousarray(bits[rows]), tensor.dtype)
+        codes = np.ascontiguousarray(bits[rows])
+        numbers = codes.view(np.int8).astype(np.float32) if self.whole_bytes else small_floats(codes, tensor.dtype)
         scales = floats(np.asarray(self.factors.array()), self.factors.dtype)
         scales = scales.T if self.scales_turned else scales
         for whole in filter(None, (self.times, self.over)):

@@ -14,6 +14,7 @@ expert, quantized ones as the weights that they stand for. Names are those that 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -115,12 +116,12 @@ def check_independently(
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
     try:
         ours, made = weights_apart(out, decode=decode)
-        if made.get("quantization") and not config.get("quantization"):
-            given = {**given, "mtp": "drop"}  # which MLX has no use for
         record = json_object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
+        if (made.get("quantization") and not config.get("quantization")) or _was_of_mlx(record):
+            given = {**given, "mtp": "drop"}  # which MLX has no use for
         if config.get("model_type") in _IN_TURNS and bool(config.get("quantization")) != bool(made.get("quantization")):
             theirs, ours = (dict(in_quarters(of, told)) for of, told in ((theirs, config), (ours, made)))
-        how = _How.of(config, record, manifest, given, theirs)
+        how = _How.of(config, record, manifest, given, theirs, direct=_is_made_of(record, source))
         wanted = dict(how.wanted(theirs))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         findings.problem(CODE, ".", f"cannot be derived: {e}")
@@ -149,6 +150,7 @@ class WantedWeights:
         exact: grid that weights were rounded to nearest on, without a search; None where that is not known.
         offset: most that was added to a weight, in steps, before it was rounded.
         channels: that experts keep; None where they keep all.
+        still: bits of integers that stay as they are; 0 where none do, None where all do.
 
     """
 
@@ -158,6 +160,11 @@ class WantedWeights:
     exact: Mapping[str, Any] | None
     offset: float
     channels: int | None = None
+    still: int | None = None
+
+    def stays(self, weight: PackedWeight) -> bool:
+        """Whether a weight of the source is of integers, and every one of them is in the output."""
+        return weight.scales is not None and self.still in (None, weight.bits)
 
 
 def wanted_weights(
@@ -182,10 +189,16 @@ def wanted_weights(
             theirs = dict(in_quarters(theirs, config))
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
-    how = _How.of(config, record, manifest, given, theirs)
+    if _was_of_mlx(record):
+        given = {**given, "mtp": "drop"}
+    how = _How.of(config, record, manifest, given, theirs, direct=_is_made_of(record, source))
     kept = len(next(iter(how.keep.values()))) if how.keep else how.experts
     channels = how.channels.count if how.channels else None
-    return WantedWeights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset, channels)
+    inputs = record.get("inputs", {})
+    grid = ((inputs.get("scheme") or {}).get("grid") or {}) if how.quantizes else {}
+    rounds = how.requantizes or ((inputs.get("options") or {}).get("gguf") or {}).get("kind")
+    still = 0 if rounds else grid.get("bits")
+    return WantedWeights(dict(how.wanted(theirs)), config, kept, how.exact, how.offset, channels, still)
 
 
 # -- names and numbers --------------------------------------------------------------------------------------------
@@ -234,12 +247,14 @@ class _How:
         manifest: Mapping[str, Any] | None,
         given: Mapping[str, Any],
         names: Iterable[str] = (),
+        *,
+        direct: bool = False,
     ) -> _How:
-        """Read a record, and what goes before it; `names` are the source's."""
+        """Read a record, and what goes before it; `names` are the source's, of which OUT was made if `direct`."""
         inputs = record.get("inputs", {})
         converted = inputs.get("command") == "convert"
         if converted:
-            inputs = {} if "quantization_config" in config else _before(inputs)
+            inputs = {} if direct or "quantization_config" in config else _before(inputs)
         manifest, options = manifest or inputs.get("manifest") or {}, inputs.get("options", {})
         scheme, recipe = inputs.get("scheme") or {}, inputs.get("recipe") or {}
         channels = Channels.read(manifest)
@@ -266,7 +281,7 @@ class _How:
             exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
             offset=_offset(recipe) if scheme.get("method") != "rtn" else 0.0,
             heals=_Heals.of(recipe.get("heal"), record.get("facts") if not converted else None),
-            dequantized=converted and "quantization_config" not in config,
+            dequantized=converted and not direct and "quantization_config" not in config,
             quantizes=inputs.get("command") == "quantize",
             requantizes=bool(scheme.get("requantize")),
             channels=channels,
@@ -359,8 +374,9 @@ class _How:
                 return _same_codes(wanted, found)
             if found.scales:
                 return self._rounding(wanted, found)
-            if wanted.decoded and found.tensor.dtype == "BF16":
-                pairs = ((found.bits_of(a, b), nearest_bf16(wanted.values(a, b)), a) for a, b in found.runs())
+            if wanted.decoded and found.tensor.dtype in ("BF16", "F16"):
+                nearest = nearest_bf16 if found.tensor.dtype == "BF16" else nearest_half
+                pairs = ((found.bits_of(a, b), nearest(wanted.values(a, b)), a) for a, b in found.runs())
                 return _first(found, pairs)
             if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
                 return f"{found.tensor.dtype}, expected {wanted.tensor.dtype}"
@@ -428,6 +444,27 @@ class _How:
         """
         share = max(self.offset - 0.5, 0.0)
         return max(share / 2 + 0.25, share + 8 * math.sqrt(share * (1 - share) / max(columns, 1)))
+
+
+def _is_made_of(record: Mapping[str, Any], source: Path) -> bool:
+    """Whether a record names a source itself, by the heads of its files, and no other that it came from."""
+    told = record.get("inputs", {}).get("source", {}).get("shards") or {}
+    for name, (nbytes, digest, *_) in told.items():
+        path = source / Path(name).name
+        if not path.is_file() or path.stat().st_size != nbytes:
+            return False
+        with path.open("rb") as file:
+            length = file.read(8)
+            head = length + file.read(min(int.from_bytes(length, "little"), nbytes))
+        if hashlib.sha256(head).hexdigest() != digest:
+            return False
+    return bool(told)
+
+
+def _was_of_mlx(record: Mapping[str, Any]) -> bool:
+    """Whether what an output was made from had been written for MLX."""
+    steps = record.get("inputs", {}).get("history", {}).get("steps", ())
+    return any("mlx" in ((step.get(key) or {}).get("format") for key in ("scheme", "target")) for step in steps)
 
 
 def _before(inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -402,7 +402,9 @@ class _Seen:
 
     def rounded(self, kind: str, start: int, stop: int) -> Values | None:
         """Values that rounding to nearest gives, where the record says that weights were rounded so."""
-        if kind not in ("Q4_0", "Q8_0") or self.wanted.exact is None or self.weight.scales or self.weight.moved:
+        if kind not in ("Q4_0", "Q8_0") or self.wanted.exact is None or self.weight.moved:
+            return None
+        if self.wanted.stays(self.weight):
             return None
         codes, scale = rounded_to_grid(self.weight.values(start, stop), self.wanted.exact)
         return np.asarray(codes.astype(np.float32) * scale)
@@ -413,7 +415,7 @@ class _Seen:
         self.energy += float(np.square(expected, dtype=np.float64).sum())
         if self.weight.moved:
             return
-        if rounded or self.weight.scales or kind in ("F32", "F16", "BF16"):
+        if rounded or self.wanted.stays(self.weight) or kind in ("F32", "F16", "BF16"):
             self._note(~np.isclose(found, _as(kind, expected), rtol=1e-6 if kind == "F32" else 0, atol=0))
         elif self.wanted.offset and kind in ("Q4_0", "Q8_0"):
             end, scale = (8 if kind == "Q4_0" else 128), _scales(data, kind)

@@ -90,12 +90,18 @@ def are_values(source: Path, out: Path) -> bool:
 
 
 def _is_small(config: Mapping[str, Any]) -> bool:
-    """Whether weights are small floats, as far as the config says."""
+    """Whether weights are small floats, or integers of a byte each, as far as the config says."""
     declared = config.get("quantization_config") or {}
     groups = (declared.get("config_groups") or {}).values()
     if declared.get("quant_method") == "compressed-tensors":
-        return any((group.get("weights") or {}).get("type") == "float" for group in groups)
+        return _is_whole_bytes(declared) or any((group.get("weights") or {}).get("type") == "float" for group in groups)
     return declared.get("quant_method") in ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "mxfp8")
+
+
+def _is_whole_bytes(declared: Mapping[str, Any]) -> bool:
+    """Whether weights are integers of a byte each (W8A8)."""
+    groups = (declared.get("config_groups") or {}).values()
+    return "int-quantized" in (declared.get("format"), *(group.get("format") for group in groups))
 
 
 def _form(config: Mapping[str, Any]) -> tuple[object, object]:
@@ -106,7 +112,7 @@ def _form(config: Mapping[str, Any]) -> tuple[object, object]:
 
 def _decoded(tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]) -> Iterator[tuple[str, PackedWeight]]:
     """Weights with values in place of small floats, under the names that 16-bit weights have one by one."""
-    size = _block_of(config["quantization_config"])
+    size, whole_bytes = _block_of(config["quantization_config"]), _is_whole_bytes(config["quantization_config"])
     used: set[str] = set()
     for name, tensor in tensors.items():
         if (match := _FUSED.fullmatch(name)) and tensor.dtype in SMALL:
@@ -123,8 +129,10 @@ def _decoded(tensors: Mapping[str, StoredBytes], config: Mapping[str, Any]) -> I
         block = size if factors.dtype not in ("U8", "F8_E4M3") and tensor.dtype not in ("U8", "I8") else None
         times, over = (next((part[last] for last in names if part[last]), None) for names in (_TIMES, _OVER))
         columns = math.prod(tensor.shape[2:] if len(tensor.shape) == 4 else tensor.shape[-1:])
-        shape = (math.prod(tensor.shape[:2]), columns * (2 if tensor.dtype in ("U8", "I8") else 1))
+        halves = tensor.dtype in ("U8", "I8") and not whole_bytes  # of a byte
+        shape = (math.prod(tensor.shape[:2]), columns * (2 if halves else 1))
         one = Small(name, tensor, shape, (), factors=factors, block=block, times=times, over=over)
+        one = replace(one, whole_bytes=whole_bytes)
         if len(tensor.shape) == 4:
             count, rows = tensor.shape[:2]
             home, _, stack = stem.rpartition(".")

@@ -219,10 +219,11 @@ def rule_of(
         packed: a source of integers; where it was converted, nothing was rounded.
 
     """
-    if packed and record.get("command") != "quantize" and stored.weights.keys() <= packed.weights.keys():
-        return Rule(stored, None, 0, plain=True, freedom=freedom_of(stored.scheme.grid, None), packed=packed)
     scheme = record.get("scheme")
     scheme = scheme if isinstance(scheme, Mapping) else {}
+    rounds = record.get("command") == "quantize" or "method" in scheme  # `convert` says in which scheme it wrote
+    if packed and not rounds and stored.weights.keys() <= packed.weights.keys():
+        return Rule(stored, None, 0, plain=True, freedom=freedom_of(stored.scheme.grid, None), packed=packed)
     grid = grid_of(scheme.get("grid")) if scheme.get("method") == "rtn" else None
     if grid and (grid.bits, grid.group_size) != (stored.scheme.grid.bits, stored.scheme.grid.group_size):
         ours = stored.scheme.grid
@@ -234,7 +235,7 @@ def rule_of(
     reach = _reach(record.get("recipe")) if scheme.get("method") == "auto-round" else None
     start = grid_of(scheme.get("grid")) or replace(stored.scheme.grid, search=True)
     freedom = freedom_of(start, reach, tolerance)
-    anew = scheme.get("requantize") is True if record.get("command") == "quantize" else None
+    anew = scheme.get("requantize") is True if rounds else None
     bound = tolerance if tolerance is not None else 0 if grid else freedom.offset if reach else _SLACK
     return Rule(stored, grid, bound, plain=not tuned, freedom=freedom, anew=anew)
 

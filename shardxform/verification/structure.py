@@ -12,7 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
 from shardxform.base.strict_json import parse_config
-from shardxform.base.tensors import ID_DTYPES, TensorRef, TensorSpec, uncollected
+from shardxform.base.tensors import ID_DTYPES, ByteRange, TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
 from shardxform.errors import FamilyError, PlanError
 from shardxform.formats.config_names import QUANTIZATION, declares, tells_experts_apart
@@ -602,7 +602,7 @@ def firsts_planned(config: Config, specs: Sequence[TensorSpec]) -> list[TensorSp
 
 def _findings(plan: Plan, config: Config, specs: Iterable[TensorSpec], *, sampled: bool) -> Findings:
     """What verification finds in the structure of an output."""
-    tensors = {spec.name: TensorRef(spec, ()) for spec in specs}
+    tensors = {spec.name: TensorRef(spec, (ByteRange("", 0, spec.nbytes),)) for spec in specs}  # nothing reads them
     planned, findings = as_family(Checkpoint(plan.source, config, tensors, ())), Findings()
     parts_too = plan.command == "prune"  # others make parts themselves
     check_structure(planned, frozenset(), findings, parts_too=parts_too, sampled=sampled)

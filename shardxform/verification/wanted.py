@@ -18,7 +18,7 @@ from shardxform.checkpoint.history import steps_since
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.errors import CheckpointError, SchemeError
 from shardxform.formats.config_names import declared_in, declares, method_of
-from shardxform.formats.dialects import select
+from shardxform.formats.dialects import is_carried, select
 from shardxform.formats.encoding import ROUNDED, Encoded, Storage
 from shardxform.formats.matrices import matrices_of, single_biases, turns
 from shardxform.formats.plain import Plain, storages_of
@@ -210,7 +210,9 @@ def _packed_source(
     if not declares(out.config):
         return packed
     form, other = ((s.scheme.format, s.spellings, s.scheme.g_idx) if s else None for s in (packed, stored))
-    if stored is None or (form == other and inputs.get("command") != "quantize"):
+    steps = steps_since(source, inputs, None) or [inputs]
+    written = any(step.get("command") != "prune" for step in steps[:-1]) or inputs.get("command") == "quantize"
+    if stored is None or (form == other and not written):
         more = stored and any(name in packed.plain for name in stored.weights)
         return packed if more else None
     return packed
@@ -489,36 +491,43 @@ def _is_roundable(weight: TensorRef) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Rounding:
-    """Which tensors of the view were rounded on the way to OUT, and to what grid where values follow from that."""
+    """Which tensors of the view were rounded on the way to OUT, and to what grid where values follow from that.
+
+    `still` are those that are integers of that grid in the source, and stayed so.
+    """
 
     names: frozenset[str]
     grid: Grid | None
     why: Reason
+    still: frozenset[str] = frozenset()
 
-    def derived(self, ref: TensorRef, dtype: str) -> Derived | None:
+    def derived(self, ref: TensorRef, dtype: str, *, still: bool) -> Derived | None:
         """Where the values of a released tensor that OUT holds as `dtype` come from; None where nothing tells."""
-        if isinstance(ref, Encoded):
+        if isinstance(ref, Encoded) and still:
             return Derived(ref.sources, dtype)
-        rows = ref.reshaped((math.prod(ref.spec.shape[:-1]), ref.spec.shape[-1]))
-        return Derived(storages_of(rows), dtype, self.grid) if self.grid and _is_roundable(ref) else None
+        if self.grid is None or not _is_roundable(ref):
+            return None
+        rows = ref.reshaped((math.prod(ref.spec.shape[:-1]), ref.spec.shape[-1])) if ref.ranges else ref
+        return Derived(storages_of(rows), dtype, self.grid)
 
 
 def _rounding(view: View, known: Known) -> _Rounding:
-    if known.packed:
-        return _Rounding(frozenset(known.packed.weights), None, "unknown")
     tensors, recorded = view.checkpoint.tensors, known.record.get("scheme")
-    if decoded := frozenset(name for name, ref in tensors.items() if isinstance(ref, Encoded)):
-        return _Rounding(decoded, None, "unknown")
     recorded = recorded if isinstance(recorded, Mapping) else {}
+    encoded = frozenset(name for name, ref in tensors.items() if isinstance(ref, Encoded))
+    if encoded and "method" not in recorded:  # which were decoded, and nothing more
+        return _Rounding(encoded, None, "unknown", still=encoded)
     try:
         scheme = _scheme_of(recorded)
-        names = {name for module in select(view.layout, tensors, scheme).quantized for name in module.sources}
+        quantized = select(view.layout, tensors, scheme).quantized
     except (SchemeError, TypeError):  # not recorded, or not ours: then any linear module may have been rounded
         linear = (m for m in matrices_of(view.layout, tensors) if m.place.template.role in LINEAR_ROLES)
         return _Rounding(frozenset(name for m in linear for name in m.sources), None, "unknown")
+    names = frozenset(name for module in quantized for name in module.sources)
+    still = frozenset(name for module in quantized if is_carried(module, scheme) for name in module.sources)
     if recorded.get("method") == "rtn":
-        return _Rounding(frozenset(names), scheme.grid, "unknown")
-    return _Rounding(frozenset(names), None, "tuned")
+        return _Rounding(names, scheme.grid, "unknown", still)
+    return _Rounding(names, None, "tuned", still)
 
 
 def _scheme_of(recorded: Mapping[str, object]) -> Scheme:
@@ -556,17 +565,19 @@ def _dequantized(view: View, out: Checkpoint, known: Known, healed: Collection[s
     derived: dict[str, Derived] = {}
     left: dict[str, Reason] = {}
     dequantized: set[str] = set()
-    for rounded, changed in product((True, False), repeat=2):  # experts of a layer are all of one kind
+    for rounded, still, changed in product((True, False), repeat=3):  # experts of a layer are all of one kind
         refs = {
             name: ref
             for name, ref in view.checkpoint.tensors.items()
-            if (name in rounding.names, name in healed) == (rounded, changed)
+            if (name in rounding.names, name in rounding.still, name in healed) == (rounded, still, changed)
         }
         for ref in _as_stored(refs, view, out):
             dequantized |= {ref.name} if rounded else set()
             dtype = _dtype_of(ref.name, out, known) if rounded else ref.spec.dtype
             table[ref.name] = replace(ref, spec=ref.spec._replace(dtype=dtype))
-            values = rounding.derived(ref, dtype) if rounded and dtype in _HALVES else None
+            values = rounding.derived(ref, dtype, still=still) if rounded and dtype in _HALVES else None
+            if isinstance(ref, Encoded) and not rounded:  # decoded, and not rounded beside others that were
+                values = Derived(ref.sources, dtype)
             if changed:
                 left[ref.name] = "healed"
             elif values:
