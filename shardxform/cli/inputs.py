@@ -322,6 +322,6 @@ def refuse_unwritable(path: Path) -> None:
     if path.is_dir():
         raise OutputError(f"{path}: expected the name of a file, found a directory")
     if not path.parent.is_dir():
-        raise OutputError(f"{path}: no directory {path.parent} to write it to")
+        raise OutputError(f"{path}: no directory {path.parent} to write it to; make it, or give another name")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: the directory {path.parent} is not writable")
