@@ -44,7 +44,10 @@ _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types w
 
 def json_object(path: Path) -> dict[str, Any]:
     """Read a file that holds one object of JSON; raises OSError and ValueError."""
-    value = json.loads(path.read_bytes())
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as e:
+        raise ValueError(f"{path.name}: too deep") from e
     if not isinstance(value, dict):
         raise ValueError(f"{path.name}: expected an object")
     return value
