@@ -303,7 +303,7 @@ def line(row: dict[str, Any]) -> str:
     """A row for people."""
     told = f"{row['case']:34}"
     if "kl" in row:
-        told += f"{row['perplexity']:9.3f}{row['kl']:9.4f} +- {row['kl_error']:.4f}"
+        told += f"{row['perplexity']:9.3f}{row['kl']:9.5f} +- {row['kl_error']:.5f}"
     else:
         told += "  blocks of " + ", ".join(f"{seconds:.1f} s" for seconds in row["block_seconds"])
     told += f"{row['seconds']:9.1f} s{row['peak_rss_bytes'] / 1e9:7.2f} GB"
@@ -329,7 +329,7 @@ def over_seeds(rows: Sequence[dict[str, Any]]) -> str:
     kls = [row["kl"] for row in rows]
     error = statistics.stdev(kls) / len(kls) ** 0.5
     seconds = statistics.fmean(row["seconds"] for row in rows)
-    return f"{rows[0]['case']:34}{statistics.fmean(kls):18.4f} +- {error:.4f}{seconds:9.1f} s   {len(kls)} seeds"
+    return f"{rows[0]['case']:34}{statistics.fmean(kls):18.5f} +- {error:.5f}{seconds:9.1f} s   {len(kls)} seeds"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -9,7 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from shardxform.cli.console import pasteable
+from click.testing import CliRunner
+
+from shardxform.cli import console, main
+from shardxform.cli.console import pasteable, plain
 
 SCRIPT = """
 from shardxform.cli.console import progress, tell
@@ -104,3 +108,38 @@ def test_what_an_earlier_run_did_is_said_once_and_where_it_goes_on() -> None:
 def test_a_command_to_paste_is_quoted_where_a_shell_needs_it() -> None:
     line = pasteable("shardxform", "verify", Path("my models/a b"), "--source", "hf://owner/name@main")
     assert line == "shardxform verify 'my models/a b' --source hf://owner/name@main"
+
+
+HOSTILE = "a\x00\x1b[31m\x7f\u202eb"
+
+
+def test_a_strangers_words_do_not_reach_the_terminal_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "keep.json"
+    keep = {"0": [0, 1], "1": [0, 1]}
+    file.write_text(json.dumps({"format": "shardxform.keep", "version": 1, "criterion": HOSTILE, "keep": keep}))
+    shown = CliRunner().invoke(main, ["manifest", "show", str(file)]).output
+    assert r"a\x00\x1b[31m\x7f\u202eb" in shown
+    as_json = CliRunner().invoke(main, ["manifest", "show", "--json", str(file)]).output
+    assert json.loads(as_json)["criterion"] == HOSTILE
+    assert not set(HOSTILE[1:-1]) - set("[31m") & set(shown + as_json)
+
+
+def test_an_error_quotes_little_of_a_file(tmp_path: Path) -> None:
+    config = {"model_type": "x" * 1_000_000, "num_experts": 8, "architectures": ["A"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path)])
+    assert done.exit_code == 1
+    assert len(done.output) < 3000
+
+
+def test_only_the_middle_of_a_long_text_is_left_out() -> None:
+    assert (
+        plain("begin" + "x" * 1000 + "end", 90) == "begin" + "x" * 55 + " ... (918 characters) ... " + "x" * 27 + "end"
+    )
+    assert plain("a\nb", 90) == "a\nb"
+
+
+def test_commands_print_through_what_escapes() -> None:
+    cli = Path(console.__file__).parent
+    by_themselves = {path.name for path in cli.glob("*.py") if "click.echo(" in path.read_text()}
+    assert by_themselves == {"console.py", "__init__.py", "card.py", "family.py"}  # versions, Markdown and Python

@@ -243,6 +243,17 @@ def test_what_cannot_be_taken_out_is_refused(fault: str, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_that_verify_calls_unsound_is_refused(tmp_path: Path) -> None:
+    tensors = moe_tensors()
+    tensors["blk.0.attn_w.weight"] = tensors.pop("blk.0.attn_v.weight")
+    del tensors["output_norm.weight"]
+    write_gguf(tmp_path / "m.gguf", moe_metadata(), tensors)
+    said = call("prune", tmp_path / "m.gguf", tmp_path / "out", "-m", manifest_file(tmp_path), code=1)
+    assert "its output would not be sound: output_norm.weight: missing" in said
+    assert f"see `shardxform verify {tmp_path / 'm.gguf'}`" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_maverick_keeps_the_count_that_llama_knows_it_by(tmp_path: Path) -> None:
     """Of Llama 4 llama.cpp leaves norms of queries and keys out where there are 128 experts."""
     keys = {name.replace("qwen3moe.", "llama4."): value for name, value in moe_metadata(expert_count=128).items()}

@@ -218,7 +218,7 @@ def test_what_is_chosen_differs_and_the_rest_of_a_block_is_as_pruned(plain: Path
         reach = shared_by_tokens(plain) if layer == 0 else 1 / 2  # of the others, nothing was healed before the first
         for of, reached in (("all", reach), ("shared", 1)):
             weights = sum(size for name, size in sizes.items() if f".layers.{layer}." in name and PARTS[of](name))
-            steps.append(min(0.16, 3.2 * ((SAMPLES - 1) * SEQLEN * reached / weights / 4) ** 0.5))
+            steps.append(min(0.16, 3.0 * ((SAMPLES - 1) * SEQLEN * reached / weights / 4) ** 0.5))
         done = [trial["lr"] for trial in tried] or [block["healed"]["lr"]]
         wanted = [steps[0], steps[0] / 4, steps[1]][: len(done)]
         assert done == pytest.approx(wanted, rel=1e-6 if layer == 0 else 0.4)

@@ -120,3 +120,13 @@ def test_mtp_layers_that_are_declared_and_not_there_are_told(kind: str, tmp_path
     assert "MTP" not in told[1].partition("\n")[0]
     found = inspect_checkpoint(Checkpoint.open(without))
     assert (found.mtp_layers, found.mtp_layers_found) == (1, 0)
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_a_count_that_no_router_has_is_told(count: int, tmp_path: Path) -> None:
+    config, tensors = tiny("deepseek_v3", n_group=1, topk_group=1)
+    root = write_checkpoint(tmp_path / "s", tensors, config | {"n_routed_experts": count})
+    done = CliRunner().invoke(main, ["inspect", str(root)])
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert "mlp.gate." in done.output
+    assert f"expected dimension 0 to count the {count} experts that config.json says" in done.output

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
@@ -357,6 +358,21 @@ def test_a_condition_that_cannot_be_evaluated_is_refused(kind: str, key: str, va
     config = tiny(kind)[0] | {key: value, "layer_types": None}
     with pytest.raises(FamilyError, match=r"cannot tell what its \d layers are made of"):
         layout_of(config, [])
+
+
+def test_a_list_that_is_too_short_is_named() -> None:
+    config = tiny("qwen3_5_moe_text")[0] | {"layer_types": ["full_attention"]}
+    with pytest.raises(FamilyError, match=r"what its 4 layers are made of: layer_types has 1 entries"):
+        layout_of(config, [])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_size", 64.5), ("qk_nope_head_dim", -4), ("num_attention_heads", "4")]
+)
+def test_a_size_that_is_none_is_named_by_its_key(key: str, value: Any) -> None:
+    config = tiny("deepseek_v3")[0] | {key: value}
+    with pytest.raises(FamilyError, match=re.escape(f"config.json: expected a size for {key}, found {value!r}")):
+        list(expected(layout_of(config, []), {}))
 
 
 HOSTILE = ["x", None, -8, 0, 2**70, 8.5, True, [], {}, [8], float("inf"), float("nan")]

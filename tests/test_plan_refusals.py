@@ -366,3 +366,15 @@ def test_commands_refuse_at_once_on_one_line(what: str, tmp_path: Path) -> None:
         assert result.exit_code
         assert len(result.output.splitlines()) <= 2
         assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("format_", FORMATS[:4])
+def test_a_weight_of_another_shape_than_the_configs_is_not_rounded(format_: Format, tmp_path: Path) -> None:
+    root = made(tmp_path / "s", "qwen3_moe")
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps(config | {"num_key_value_heads": config["num_key_value_heads"] * 2}))
+    words = ["quantize", root, tmp_path / "out", "--format", format_, "--group-size", 32]
+    done = CliRunner().invoke(main, [*map(str, words)])
+    assert done.exit_code == 1
+    assert re.search(r"its output would not be sound: layers.*self_attn\.{?k_proj", done.output)
+    assert not (tmp_path / "out").exists()

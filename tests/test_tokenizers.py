@@ -83,6 +83,14 @@ def test_text_that_gives_no_ids_is_refused(tmp_path: Path, pack: bool) -> None:
         load(root, data(tmp_path, *blank, "мир\n"), pack=pack, samples=9)
 
 
+def test_a_tokenizer_that_fails_on_text_is_refused(tmp_path: Path) -> None:
+    words = model(tmp_path / "words", Backend(models.WordPiece({"a": 0}, unk_token="<none>")))
+    lengths = model(tmp_path / "lengths", byte_level(), tokenizer={"model_max_length": [4096]})
+    for root in (words, lengths):
+        with pytest.raises(CheckpointError, match=r"its tokenizer gives no ids for text: .*; compare tokenizer\.json"):
+            load(root, data(tmp_path, TEXT))
+
+
 def test_letters_that_are_lost_are_told_of(tmp_path: Path) -> None:
     latin = {letter: at for at, letter in enumerate(map(chr, range(32, 127)))}
     root = model(tmp_path / "m", Backend(models.BPE(latin, [])))

@@ -371,7 +371,7 @@ DEFECTS = {
     ),
     "no layer count": Defect(lambda c, _: c.pop("num_hidden_layers"), "config", "config.json", "num_hidden_layers"),
     "absurd counts": Defect(set_text(num_experts=900_000), "config", "config.json", "absurd", kind="qwen3_moe"),
-    "a size that is no number": Defect(set_text(hidden_size="16"), "config", "config.json", "H, found '16'"),
+    "a size that is no number": Defect(set_text(hidden_size="16"), "config", "config.json", "hidden_size, found '16'"),
     "a head count of zero": Defect(
         lambda c, _: c.update(num_attention_heads=0, head_dim=None),
         "config",

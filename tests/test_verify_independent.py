@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build import read_checkpoint, tiny, write_checkpoint
+from build import header_bytes, read_checkpoint, tiny, write_checkpoint
 from click.testing import CliRunner
 from strategies import picked
 from test_quantize import KIND_SIZES
@@ -441,3 +442,56 @@ def test_what_cannot_be_read_is_said(
     if what != "json":
         with pytest.raises(CheckpointError, match="cannot read it"):
             check_independently(out=source, source=out, findings=findings)
+
+
+# -- outputs that make no sense ------------------------------------------------------------------------------------
+
+
+def _record(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def spoil(out: Path) -> None:
+        record = json.loads((out / "shardxform.json").read_text())
+        change(record)
+        (out / "shardxform.json").write_text(json.dumps(record))
+
+    return spoil
+
+
+def _nested(out: Path) -> None:
+    (out / "shardxform.json").write_text('{"inputs": ' + "[" * 10_000 + "]" * 10_000 + "}")
+
+
+def _shape(shape: Any, which: str) -> Callable[[Path], None]:
+    """Of a tensor in a shard of the output, in its header."""
+
+    def spoil(out: Path) -> None:
+        path = next(each for each in out.glob("*.safetensors") if which in each.read_bytes()[:100_000].decode("latin1"))
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        header[next(name for name in header if which in name)]["shape"] = shape
+        path.write_bytes(header_bytes(header) + data[8 + length :])
+
+    return spoil
+
+
+NO_SENSE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no bits": (_record(lambda r: r["inputs"]["scheme"]["grid"].pop("bits")), "no 'bits' where it is expected"),
+    "bits": (_record(lambda r: r["inputs"]["scheme"]["grid"].update(bits=10**18)), "weights of 10{18} bits in groups"),
+    "group": (_record(lambda r: r["inputs"]["scheme"]["grid"].update(group_size=0)), "in groups of 0"),
+    "recipe": (_record(lambda r: r["inputs"].update(recipe=[1])), "makes no sense there"),
+    "nested": (_nested, "nested too deeply"),
+    "fractions": (_shape([64.0], "input_layernorm"), "makes no sense there"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_SENSE)
+def test_what_makes_no_sense_is_reported(kind: str, tmp_path: Path) -> None:
+    source = make(tmp_path / "source", "qwen3_moe")
+    out = quantize(source, tmp_path / "out", Scheme.preset("W4A16", format="gptq", group_size=32), None)
+    spoil, text = NO_SENSE[kind]
+    spoil(out)
+    findings = Findings()
+    check_independently(out, source, findings)
+    assert {problem.code for problem in findings.problems} == {CODE}
+    assert re.search(text, findings.problems[0].message)
+    assert CliRunner().invoke(main, ["verify", str(out), "--source", str(source), "--independent"]).exit_code == 1

@@ -49,7 +49,7 @@ PIECE: Final = (4, 16)
 REPLACED: Final = 0.5
 """Share of the tokens of such a window that are drawn from the whole vocabulary."""
 
-STEP: Final = 3.2
+STEP: Final = 3.0
 SMALLEST_STEP: Final = 1e-3
 LARGEST_STEP: Final = 0.16
 """The first step of healing is so much times the square root of the tokens that come to the expert of a token, on the

@@ -213,15 +213,27 @@ def id_batches(pieces: Iterable[Passage]) -> Iterator[list[Passage]]:
 
 
 def ids_of(inner: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:  # noqa: ANN401
-    """Ids of texts, with the tokens that the tokenizer puts around them if `special`."""
-    encoding = inner(
-        list(texts),
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # says that a text is longer than the model's context
-    )
-    ids: list[list[int]] = encoding["input_ids"]
+    """Ids of texts, with the tokens that the tokenizer puts around them if `special`.
+
+    Raises:
+        CheckpointError: the tokenizer cannot do it, though it could be loaded: its files say what makes no sense, or
+            it has no token for what it does not know.
+
+    """
+    try:
+        encoding = inner(
+            list(texts),
+            add_special_tokens=special,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # says that a text is longer than the model's context
+        )
+        ids: list[list[int]] = encoding["input_ids"]
+    except Exception as e:  # of transformers and tokenizers
+        raise CheckpointError(
+            f"{getattr(inner, 'name_or_path', '')}: its tokenizer gives no ids for text: {line_of(e)}; compare"
+            " tokenizer.json and tokenizer_config.json with those of the release"
+        ) from e
     return ids
 
 

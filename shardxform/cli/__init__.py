@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 
 from shardxform.base import interrupts
-from shardxform.cli.console import with_options
+from shardxform.cli.console import tell, with_options
 from shardxform.errors import ShardxformError, UnknownFamilyError
 
 __all__ = ["main"]
@@ -79,9 +79,8 @@ class _Lazy(click.Group):
             message, code = interrupts.STOPPED, 130
         if interrupts.asked() and code != 130:  # what failed because of it
             message, code = interrupts.STOPPED, 130
-        if sys.stderr is not None and (code != 130 or interrupts.say_once()):
-            with contextlib.suppress(OSError, ValueError):
-                click.echo(f"shardxform: {message}", err=True)
+        if code != 130 or interrupts.say_once():
+            tell(f"shardxform: {message}")
         return ctx.exit(code)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from shardxform.cli.console import print_json, tell
+from shardxform.cli.console import print_json, say, tell
 from shardxform.cli.options import FamilyFlags, Flags, JsonFlags, command, option, out_argument
 from shardxform.publish.card import CardOptions, gather, render, write_card
 
@@ -54,7 +54,7 @@ def card_command(out: Path, shown: _Shown, family: FamilyFlags, output: _Output)
     if output.as_json:
         print_json({**facts.to_dict(), "written": str(written) if written else None})
     elif written:
-        click.echo(f"{written}: written")
+        say(f"{written}: written")
     else:
         click.echo(render(facts), nl=False)
 

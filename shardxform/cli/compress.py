@@ -22,6 +22,7 @@ from shardxform.cli.console import (
     print_json,
     progress,
     rows,
+    say,
     short,
     span,
     table,
@@ -343,7 +344,7 @@ def _show(prepared: Prepared, settings: CompressOptions, *, as_json: bool) -> No
         print_json({**paths, "stages": list(map(asdict, stages)), **totals, **known})
         return
     summary = prepared.sketch.summary
-    click.echo(f"compress {request.source.where} -> {request.out}  (dry run: nothing is written)")
+    say(f"compress {request.source.where} -> {request.out}  (dry run: nothing is written)")
     rows(
         [
             ("experts", _experts(prepared)),
@@ -358,9 +359,9 @@ def _show(prepared: Prepared, settings: CompressOptions, *, as_json: bool) -> No
     else:
         rows(_total_lines(request, totals))
     for note in map(with_options, prepared.sketch.notes):
-        click.echo(f"  note: {note}")
+        say(f"  note: {note}")
     if request.eval_windows is None:
-        click.echo("  note: OUT is not measured without --eval-data")
+        say("  note: OUT is not measured without --eval-data")
 
 
 def _total_lines(request: Request, totals: Mapping[str, float]) -> Iterator[tuple[str, str]]:
@@ -425,12 +426,12 @@ def _report(outcome: Outcome, source: options.Source, output: _Output) -> None:
         print_json(_as_json(outcome))
         return
     if outcome.made:
-        click.echo(f"{outcome.out}: complete and durable")
+        say(f"{outcome.out}: complete and durable")
     else:
-        click.echo(f"{outcome.out}: already complete, made from the same inputs; nothing written")
+        say(f"{outcome.out}: already complete, made from the same inputs; nothing written")
     rows(_lines(outcome, source))
     if output.verbose:
-        click.echo()
+        say()
         spent = outcome.spent.items()
         table(("stage", "time", "peak so far"), ((stage, span(took), gb(peak)) for stage, (took, peak) in spent))
     blocks = told_blocks(outcome.report.facts)

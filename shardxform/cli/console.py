@@ -28,9 +28,11 @@ __all__ = [
     "give_or_take",
     "option_of",
     "pasteable",
+    "plain",
     "print_json",
     "progress",
     "rows",
+    "say",
     "short",
     "span",
     "table",
@@ -178,6 +180,8 @@ def with_options(message: str, stage: str = "") -> str:
 _PLAIN_SECONDS: Final = 5.0  # between two lines of progress that is not shown on a terminal, and more as time goes on
 _PLAIN_SHARE: Final = 0.05
 _PLAIN_MOST: Final = 60.0
+_MOST_SAID: Final = 2000  # letters of an error or a note, which may quote a file
+_UNSEEN: Final = re.compile(r"[^ -~\n]")
 _SEEN_SECONDS: Final = 0.2
 _PACE_SECONDS: Final = 30.0
 _PACE_SHARE: Final = 0.2
@@ -199,11 +203,31 @@ def pasteable(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
+def plain(text: str, most: int = 0) -> str:
+    """The text as a terminal may show it, whoever wrote it: what is no letter is escaped, but for ends of lines.
+
+    Where it is longer than `most`, its middle is left out: what is wrong stands at one end of a message, and what to
+    do at the other.
+    """
+    if most and len(text) > most:
+        before, after = most * 2 // 3, most // 3
+        text = f"{text[:before]} ... ({len(text) - before - after:,} characters) ... {text[-after:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str = "", *, file: IO[str] | None = None, err: bool = False, bold: bool = False, color: str = "") -> None:
+    """Print what may hold a stranger's words, as `plain` gives it."""
+    shown = plain(text)
+    click.echo(click.style(shown, bold=bold, fg=color or None) if bold or color else shown, file=file, err=err)
+
+
 def tell(text: str) -> None:
     """Print a line on stderr, above a bar that is shown; work goes on when nobody reads it any more."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(text, file=sys.stderr, flush=True)  # click.echo would go around the bar, and write into it
+            print(plain(text, _MOST_SAID), file=sys.stderr, flush=True)  # click.echo would write into the bar
 
 
 def count(number: int, what: str) -> str:
@@ -224,22 +248,27 @@ def rows(pairs: Iterable[tuple[str, str]], file: IO[str] | None = None) -> None:
     listed = list(pairs)
     width = max((len(label) for label, _ in listed), default=0)
     for label, value in listed:
-        click.echo(f"  {label:<{width}}  {value}", file=file)
+        say(f"  {label:<{width}}  {value}", file=file)
 
 
 def table(header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> None:
     """Print aligned columns: the first to the left, the others to the right."""
-    listed = [header, *lines]
+    listed = [tuple(map(plain, line)) for line in (header, *lines)]
     widths = [max(len(line[i]) for line in listed) for i in range(len(header))]
     for number, line in enumerate(listed):
         cells = [f"{line[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))]
         text = "  " + "  ".join(cells).rstrip()
-        click.echo(click.style(text, bold=True) if number == 0 else text)
+        say(text, bold=number == 0)
 
 
 def print_json(value: Mapping[str, object]) -> None:
     """Print a result for machines."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(_UNSEEN.sub(_escape, json.dumps(value, indent=2, ensure_ascii=False)))
+
+
+def _escape(found: re.Match[str]) -> str:
+    """A letter that no terminal shows, as JSON spells it."""
+    return found[0] if found[0].isprintable() else json.dumps(found[0])[1:-1]
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from shardxform.base.constants import BATCH_TOKENS
 from shardxform.base.file_system import FileSystem, nearest
 from shardxform.base.tensors import TensorRef
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cli.console import gb, print_json, rows, table
+from shardxform.cli.console import gb, print_json, rows, say, table
 from shardxform.cli.options import PATH, FamilyFlags, JsonFlags, command, option
 from shardxform.errors import SchemeError
 from shardxform.formats.config_names import declares
@@ -186,7 +186,7 @@ def doctor_command(source: Path | None, family: FamilyFlags, output: _Output) ->
     else:
         _show(machine, list(found.values()), sizes.name, needs)
         for problem in problems:
-            click.echo(f"  PROBLEM: {problem}")
+            say(f"  PROBLEM: {problem}")
     raise click.exceptions.Exit(1 if problems else 0)
 
 
@@ -204,13 +204,13 @@ def _show(machine: Machine, found: Sequence[Library], model: str, needs: Sequenc
             ("GPUs", listed or machine.devices_unknown or "none that torch sees"),
         ]
     )
-    click.echo()
+    say()
     lines = ((each.name, each.version or "-", f">= {each.least}", each.extra or "required") for each in found)
     table(("library", "version", "wanted", "extra"), lines)
     for extra in dict.fromkeys(each.extra for each in found if each.extra and not each.usable):
         names = [f"{each.name} ({each.enables})" for each in found if each.extra == extra and not each.usable]
-        click.echo(f"  not there: {', '.join(names)}; pip install 'shardxform[{extra}]'")
-    click.echo()
+        say(f"  not there: {', '.join(names)}; pip install 'shardxform[{extra}]'")
+    say()
     verdicts = (f"too little or missing: {', '.join(need.lacks)}" if need.lacks else "fits" for need in needs)
     sizes = ((need.command, gb(need.memory_bytes), gb(need.disk_bytes)) for need in needs)
     table((model, "memory", "disk", ""), ((*row, verdict) for row, verdict in zip(sizes, verdicts, strict=True)))

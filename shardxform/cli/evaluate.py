@@ -17,7 +17,7 @@ from shardxform.calibration.options import DataOptions
 from shardxform.checkpoint.identity import identify
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import options
-from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, short, table, tell
+from shardxform.cli.console import LOWER, count, gb, give_or_take, print_json, progress, rows, say, short, table, tell
 from shardxform.cli.inputs import (
     load_manifest,
     load_text,
@@ -236,7 +236,7 @@ def _tell_tasks(
     tasks: TaskOptions,
 ) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
-    click.echo(f"{seen}: {found['harness']}" + (f", {tasks.limit} documents of each task" if tasks.limit else ""))
+    say(f"{seen}: {found['harness']}" + (f", {tasks.limit} documents of each task" if tasks.limit else ""))
     table(*_task_lines(found, against))
 
 
@@ -244,7 +244,7 @@ def _show_size(size: TaskSize, tested: Checkpoint, reference: Checkpoint | None,
     if as_json:
         print_json({"checkpoint": tested.where, **asdict(size)})
         return
-    click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
+    say(f"evaluate {tested.where}  (dry run: nothing is written)")
     each = " of each model" if reference else ""
     rows(
         [
@@ -361,7 +361,7 @@ def _show(
         told = {"data": dict(windows.provenance), "notes": list(windows.notes)}
         print_json({"checkpoint": tested.where, **told, **needs})
         return
-    click.echo(f"evaluate {tested.where}  (dry run: nothing is written)")
+    say(f"evaluate {tested.where}  (dry run: nothing is written)")
     rows(
         [
             ("data", f"{count(len(windows.ids_NT), 'window')}, {short(needs['tokens'])} tokens"),
@@ -394,7 +394,7 @@ def _report(
     found: Evaluation, checkpoint: options.Source, manifest: Path | None, against: options.Source | None, seconds: float
 ) -> None:
     seen = f"{checkpoint}" + (f" pruned by {manifest}" if manifest else "")
-    click.echo(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
+    say(f"{seen}: {count(found.windows, 'window')}, {found.tokens:,} tokens")
     lines = [("perplexity", f"{found.perplexity:.4f}")]  # a number alone: scripts read it
     if math.isfinite(found.perplexity_error):
         lines.append(("its error", f"{found.perplexity_error:.4f}, by which another text of the kind may differ"))
@@ -410,18 +410,16 @@ def _report(
         lines += [("computed in", told)] if (told := _computed(found)) else []
     rows([*lines, ("time", f"{seconds:.1f} s"), ("memory", f"{gb(peak_rss_bytes())} peak")])
     if found.sources:
-        click.echo()
+        say()
         table(*_source_lines(found))
     if found.against:
-        click.echo()
+        say()
         table(*_block_lines(found.against))
         if any(after < before for before, after in itertools.pairwise(found.against.block_errors)):
-            click.echo("  added: to the block before; negative where what goes through grows faster than the error")
+            say("  added: to the block before; negative where what goes through grows faster than the error")
         if found.against.loads:
-            click.echo(
-                "  lost: the reference's choices that fell on experts that are gone; moved: choices that fall on"
-            )
-            click.echo("  other experts than its own choices among the kept ones; used: as how many equally busy ones")
+            say("  lost: the reference's choices that fell on experts that are gone; moved: choices that fall on")
+            say("  other experts than its own choices among the kept ones; used: as how many equally busy ones")
 
 
 def _computed(found: Evaluation) -> str:

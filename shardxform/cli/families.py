@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-import click
-
-from shardxform.cli.console import print_json, rows
+from shardxform.cli.console import print_json, rows, say
 from shardxform.cli.options import JsonFlags, command
 from shardxform.model.families.listing import Listed, listing_of, listing_of_installed
 
@@ -25,12 +23,12 @@ def families_command(output: JsonFlags) -> None:
     others, faults = listing_of_installed()
     every = (*listing_of(), *others)
     for fault in faults:
-        click.echo(f"warning: {fault}", err=True)
+        say(f"warning: {fault}", err=True)
     if output.as_json:
         print_json({"families": [asdict(each) for each in every]})
         return
     for each in every:
-        click.echo(", ".join(each.model_types))
+        say(", ".join(each.model_types))
         rows(_lines(each))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from shardxform.checkpoint.table import CONFIG
-from shardxform.cli.console import tell
+from shardxform.cli.console import say, tell
 from shardxform.cli.inputs import refuse_unwritable, require
 from shardxform.cli.options import Flags, command, option
 from shardxform.errors import OutputError
@@ -51,7 +51,7 @@ def _draft(kind: str, output: _Output) -> None:
         click.echo(drafted.text, nl=False)
     else:
         output.out.write_text(drafted.text, encoding="utf-8")
-        click.echo(f"{output.out}: written; use it with --family {output.out}")
+        say(f"{output.out}: written; use it with --family {output.out}")
     for note in drafted.decide:
         tell(f"decide: {note}")
 

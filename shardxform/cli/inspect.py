@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import click
-
 from shardxform.base.strict_json import Fields
 from shardxform.checkpoint.history import past_of
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cli.console import gb, print_json, rows, short, table, tell
+from shardxform.cli.console import gb, print_json, rows, say, short, table, tell
 from shardxform.cli.inputs import open_gguf_named, open_named
 from shardxform.cli.options import FamilyFlags, HubFlags, JsonFlags, Source, command, option, source_argument
 from shardxform.plan.inspection import Inspection, inspect_checkpoint
@@ -78,7 +76,7 @@ def _list_tensors(checkpoint: Checkpoint, pattern: str, as_json: bool) -> None:
         for ref in found
     ]
     table(("tensor", "dtype", "shape", "size", "shard"), lines)
-    click.echo(f"  {len(found):,} of {len(checkpoint.tensors):,} tensors, {gb(sum(ref.nbytes for ref in found))}")
+    say(f"  {len(found):,} of {len(checkpoint.tensors):,} tensors, {gb(sum(ref.nbytes for ref in found))}")
 
 
 def _made(checkpoint: Checkpoint) -> list[tuple[str, str]]:
@@ -96,28 +94,28 @@ def _made_rows(made: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 
 def _show(i: Inspection, made: Sequence[tuple[str, str]]) -> None:
-    click.echo(f"{i.path}: {gb(i.nbytes)}, {_parameters(i)}")
+    say(f"{i.path}: {gb(i.nbytes)}, {_parameters(i)}")
     rows([*_facts(i), *_made_rows(made)])
-    click.echo()
+    say()
     table(("role", "tensors", "size", "share"), _shares(i.roles, i.nbytes))
     if i.outlook:
-        click.echo()
+        say()
         table(
             ("could become", "size", "share"), [(what, gb(n), f"{n / i.nbytes:.1%}") for what, n in i.outlook.items()]
         )
     if i.unknown:
-        click.echo(f"\n  {len(i.unknown)} tensors unknown to the family, such as {i.unknown[0]}")
+        say(f"\n  {len(i.unknown)} tensors unknown to the family, such as {i.unknown[0]}")
 
 
 def _show_gguf(i: GgufInspection, made: Sequence[tuple[str, str]]) -> None:
-    click.echo(f"{i.path}: {gb(i.nbytes)}, {short(i.parameters)} parameters")
+    say(f"{i.path}: {gb(i.nbytes)}, {short(i.parameters)} parameters")
     rows([*_gguf_facts(i), *_made_rows(made)])
-    click.echo()
+    say()
     table(("role", "tensors", "size", "share"), _shares(i.roles, i.nbytes))
-    click.echo()
+    say()
     table(("dtype", "tensors", "size", "share"), _shares(i.dtypes, i.nbytes))
     if i.outlook:
-        click.echo()
+        say()
         outlook = [(what, gb(n), f"{n / max(i.nbytes, 1):.1%}") for what, n in i.outlook.items()]
         table(("could become", "size", "share"), outlook)
 

@@ -13,7 +13,7 @@ from shardxform.ask.manifest import Manifest
 from shardxform.base.file_system import why_not
 from shardxform.base.strict_json import pretty
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cli.console import print_json, rows, table
+from shardxform.cli.console import print_json, rows, say, table
 from shardxform.cli.options import PATH, FamilyFlags, Flags, JsonFlags, command, option
 from shardxform.errors import ManifestError, OutputError
 from shardxform.model.layout import Layout, layout_of, value_at
@@ -49,7 +49,7 @@ def _show(manifest: Path, how: _Read, family: FamilyFlags, output: JsonFlags) ->
     if output.as_json:
         print_json(read.to_dict())
         return
-    click.echo(f"{manifest}: keeps {read.num_kept} experts in each of {len(read.keep)} layers{_channels(read)}")
+    say(f"{manifest}: keeps {read.num_kept} experts in each of {len(read.keep)} layers{_channels(read)}")
     facts = [
         ("criterion", read.criterion),
         ("model", ", ".join(f"{key} {value}" for key, value in read.model.items())),
@@ -74,7 +74,7 @@ def _check(manifest: Path, source: Path, family: FamilyFlags, output: JsonFlags)
         print_json({"fits": True, "kept": read.num_kept, "experts": layout.num_experts, "layers": counts.total()})
     else:
         kept = f"keeps {read.num_kept} of {layout.num_experts} experts per layer{_channels(read)}"
-        click.echo(f"{manifest}: fits {source}: {kept}")
+        say(f"{manifest}: fits {source}: {kept}")
 
 
 @command("convert")
@@ -93,7 +93,7 @@ def _convert(manifest: Path, target: Path, how: _Read, family: FamilyFlags) -> N
         raise OutputError(f"{target}: {e.strerror}; name a file that does not exist yet") from e
     except OSError as e:
         raise OutputError(f"{target}: {why_not(target, e)}") from e
-    click.echo(f"{target}: keeps {read.num_kept} experts in each of {len(read.keep)} layers{_channels(read)}")
+    say(f"{target}: keeps {read.num_kept} experts in each of {len(read.keep)} layers{_channels(read)}")
 
 
 def _channels(manifest: Manifest) -> str:

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
 from shardxform.base.file_system import FileSystem
 from shardxform.checkpoint.record import PROVENANCE
 from shardxform.cli.console import (
@@ -20,6 +18,7 @@ from shardxform.cli.console import (
     print_json,
     progress,
     rows,
+    say,
     short,
     span,
     table,
@@ -90,7 +89,7 @@ def execute(
     elif report.already_done:
         others = with_options(report.made_by_others)
         by = f" by other versions or another machine ({others})" if others else ""
-        click.echo(f"{out}: already complete, made from the same inputs{by}; nothing written")
+        say(f"{out}: already complete, made from the same inputs{by}; nothing written")
         tell_blocks(report.facts, report.measured)
     else:
         _say_done(plan, report)
@@ -118,10 +117,10 @@ def _dry_facts(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | Non
 
 
 def _show(plan: Plan, out: Path, options: RunOptions, tasks: RayTasks | None) -> None:
-    click.echo(f"{plan.command} {plan.origin} -> {out}  (dry run: nothing is written)")
+    say(f"{plan.command} {plan.origin} -> {out}  (dry run: nothing is written)")
     rows([*_lines(plan), *_needs(plan, out, options, tasks), ("sidecars", ", ".join(plan.sidecars) or "none")])
     for note in _notes(plan):
-        click.echo(f"  note: {note}")
+        say(f"  note: {note}")
 
 
 def _notes(plan: Plan) -> Iterator[str]:
@@ -235,7 +234,7 @@ def _say_done(plan: Plan, report: Report) -> None:
     before = plan.summary["bytes_before"]
     rate = "" if report.facts.get("blocks") else _rate(report)
     resumed = f" in this run, {gb(report.resumed_bytes)} from an earlier one" if report.resumed_bytes else ""
-    click.echo(f"{report.out}: complete and durable")
+    say(f"{report.out}: complete and durable")
     rows(
         [
             ("size", f"{gb(before)} -> {gb(plan.data_bytes)} in {count(len(plan.shards), 'shard')}"),
@@ -253,10 +252,10 @@ def _rate(report: Report) -> str:
 
 
 def _say_part(plan: Plan, report: Report) -> None:
-    click.echo(f"{report.out}: what was asked for is done and durable; {count(report.left, 'step')} left to others")
+    say(f"{report.out}: what was asked for is done and durable; {count(report.left, 'step')} left to others")
     rows([("time", f"{report.seconds:.1f} s"), ("memory", f"{gb(report.peak_rss_bytes)} peak")])
     tell_blocks(report.facts, report.measured)
-    click.echo(f"  put together with: shardxform {plan.command} ... --join {report.out}")
+    say(f"  put together with: shardxform {plan.command} ... --join {report.out}")
 
 
 def _zero_lines(report: Report) -> Iterator[tuple[str, str]]:
@@ -333,7 +332,7 @@ def _has(value: Mapping[str, object], *keys: str) -> bool:
 
 def _show_table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]], endings: Sequence[tuple[str, ...]]) -> None:
     """Print a table; `endings` are the time and memory of every line, or nothing."""
-    click.echo()
+    say()
     if endings:
         header, lines = (*header, "time", "memory"), [(*line, *end) for line, end in zip(lines, endings, strict=True)]
     table(header, lines)
@@ -341,11 +340,11 @@ def _show_table(header: tuple[str, ...], lines: Sequence[tuple[str, ...]], endin
 
 def _tell_judges(blocks: Sequence[Block]) -> None:
     if text := judged_on(blocks):
-        click.echo(f"  errors: on {text}")
+        say(f"  errors: on {text}")
     if "also learned" in text:
-        click.echo("  they flatter: give two windows or more, and some are kept to judge by")
+        say("  they flatter: give two windows or more, and some are kept to judge by")
     elif text.startswith("1 window "):
-        click.echo("  one window tells little: with 16 or more, two judge, and how far the ratios may be off is known")
+        say("  one window tells little: with 16 or more, two judge, and how far the ratios may be off is known")
 
 
 def _healed_line(block: Block) -> tuple[str, ...]:

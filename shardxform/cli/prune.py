@@ -137,6 +137,7 @@ def _plan_gguf(
 
     """
     from shardxform.plan.slabs import plan_prune_gguf
+    from shardxform.verification.gguf_names import refuse_unsound_source
 
     options.refuse_idle(file, "pre_tokenizer", "gguf_type", wanted=f"safetensors, but {source} is GGUF")
     asked = click.get_current_context().get_parameter_source("format") == ParameterSource.COMMANDLINE
@@ -148,4 +149,6 @@ def _plan_gguf(
         raise click.UsageError(f"OUT is the folder that files are written into: name it {out.with_suffix('')}")
     model = open_gguf_named(source, transfer, out.parent)
     assert model is not None
-    return plan_prune_gguf(model, load_gguf_manifest(pruned, model), output.max_shard_size)
+    plan = plan_prune_gguf(model, load_gguf_manifest(pruned, model), output.max_shard_size)
+    refuse_unsound_source(model)
+    return plan

@@ -12,7 +12,7 @@ from typing import Any, Final
 import click
 
 from shardxform.base.progress import OnProgress
-from shardxform.cli.console import count, gb, print_json, progress, rows, tell
+from shardxform.cli.console import count, gb, print_json, progress, rows, say, tell
 from shardxform.cli.options import DryFlags, FamilyFlags, Flags, command, option, out_argument
 from shardxform.publish import Contents, Destination, Pushed, Watch, contents_of, is_repo_name, push, verified
 
@@ -79,7 +79,7 @@ def push_command(out: Path, repo: str, how: _Target, family: FamilyFlags, output
         if output.as_json:
             print_json({**_facts(contents), **facts})
         else:
-            click.echo(f"push {out} -> {repo}  (dry run: nothing is uploaded)")
+            say(f"push {out} -> {repo}  (dry run: nothing is uploaded)")
             rows(_lines(contents))
         return
     if not output.quiet:
@@ -136,7 +136,7 @@ def _report(pushed: Pushed) -> dict[str, Any]:
 
 
 def _say_done(pushed: Pushed) -> None:
-    click.echo(f"{pushed.url}: {'made, ' * pushed.created}complete, every size and hash compared")
+    say(f"{pushed.url}: {'made, ' * pushed.created}complete, every size and hash compared")
     removed = [("removed", ", ".join(pushed.removed))] if pushed.removed else []
     sent = f"{gb(pushed.sent_bytes)} of them sent" if pushed.sent_bytes else "all of them there already"
     rows(

@@ -13,7 +13,7 @@ import click
 
 from shardxform.checkpoint.gguf import GgufModel
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.cli.console import count, print_json, progress, rows, table, tell
+from shardxform.cli.console import count, print_json, progress, rows, say, table, tell
 from shardxform.cli.inputs import open_gguf_named, open_named, refuse_unwritable
 from shardxform.cli.options import (
     PATH,
@@ -51,7 +51,7 @@ def _show(file: Path, output: JsonFlags) -> None:
         print_json(_as_json(read))
         return
     model = read.model
-    click.echo(f"{file}: {read.num_experts} experts in each of {count(len(read.layers), 'layer')}")
+    say(f"{file}: {read.num_experts} experts in each of {count(len(read.layers), 'layer')}")
     groups = f", {model['num_groups']} router groups" if model["num_groups"] > 1 else ""
     supers = [f"layer {layer}: {', '.join(map(str, ids))}" for layer, ids in _supers(read).items()]
     rows(
@@ -83,7 +83,7 @@ def _add(files: tuple[Path, ...], out: Path) -> None:
     read = [Saliency.load(file) for file in files]
     total = reduce(Saliency.added, read)
     total.save(out)
-    click.echo(
+    say(
         f"{out}: {total.tokens:,} tokens in {count(len(total.runs), 'run')},"
         f" {total.num_experts} experts in each of {count(len(total.layers), 'layer')}"
     )
@@ -128,7 +128,7 @@ def _import(imatrix: Path, family: FamilyFlags, hub: HubFlags, asked: _Imported)
     if asked.as_json:
         print_json(_as_json(made))
     else:
-        click.echo(
+        say(
             f"{asked.out}: {made.tokens:,} tokens, {made.num_experts} experts in each of"
             f" {count(len(made.layers), 'layer')}; criteria {', '.join(criteria_of(made))}"
         )

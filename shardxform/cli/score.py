@@ -14,7 +14,7 @@ import click
 from shardxform.base.progress import peak_rss_bytes
 from shardxform.checkpoint.table import Checkpoint
 from shardxform.cli import options
-from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, short
+from shardxform.cli.console import count, gb, pasteable, print_json, progress, rows, say, short
 from shardxform.cli.inputs import load_text, make_precision, open_named, refuse_no_data, refuse_unwritable
 from shardxform.cli.tuning import OnRay, on_ray, ray_place
 from shardxform.errors import OutputError
@@ -145,7 +145,7 @@ def _show(facts: dict[str, Any], output: Path, work: Path, as_json: bool) -> Non
     if as_json:
         print_json({"output": str(output), **facts})
         return
-    click.echo(f"score {facts['source']} -> {output}  (dry run: nothing is written)")
+    say(f"score {facts['source']} -> {output}  (dry run: nothing is written)")
     ray = facts.get("ray")
     rows(
         [
@@ -177,7 +177,7 @@ def _report(saliency: Saliency, windows: Windows, output: Path, outcome: str, as
             }
         )
         return
-    click.echo(f"{output}: {outcome}")
+    say(f"{output}: {outcome}")
     half = saliency.num_experts // 2
     scored = count(len(saliency.layers), "layer")
     mtp = f" and {count(len(saliency.mtp_layers), 'MTP layer')}" if saliency.mtp_layers else ""

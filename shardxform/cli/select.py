@@ -12,7 +12,7 @@ import click
 from shardxform.ask.manifest import Manifest, manifest_text
 from shardxform.base.file_system import refuse_other, write_new
 from shardxform.checkpoint.remote.repository import RepoName
-from shardxform.cli.console import count, print_json, progress, rows, table, tell
+from shardxform.cli.console import count, print_json, progress, rows, say, table, tell
 from shardxform.cli.inputs import open_named
 from shardxform.cli.options import SOURCE, FamilyFlags, Flags, HubFlags, QuietFlags, Source, command, option
 from shardxform.errors import OutputError, PlanError
@@ -139,7 +139,7 @@ def _write(files: list[_File]) -> None:
 
 def _show(choice: Choice, source: Source, out: Path | None) -> None:
     model = choice.saliency.model
-    click.echo(f"select {source}" + ("  (dry run: nothing is written)" if out is None else f" -> {out}"))
+    say(f"select {source}" + ("  (dry run: nothing is written)" if out is None else f" -> {out}"))
     facts = [
         ("model", f"{model['model_type']}, top-{model['num_experts_per_tok']}"),
         ("experts", f"{choice.saliency.num_experts} -> {choice.num_kept} per layer, by {choice.criterion}"),

@@ -12,7 +12,7 @@ import click
 
 from shardxform.checkpoint.gguf import GgufModel
 from shardxform.checkpoint.table import Checkpoint, find_gguf
-from shardxform.cli.console import count, gb, print_json, progress, with_options
+from shardxform.cli.console import count, gb, plain, print_json, progress, say, with_options
 from shardxform.cli.inputs import is_gguf, open_gguf_named, open_named
 from shardxform.cli.options import (
     SOURCE,
@@ -36,6 +36,8 @@ __all__ = ["verify_command"]
 
 _MOST_LINES: Final = 8  # of one kind; --json prints all
 _MOST_WIDTH: Final = 60
+_MOST_WHERE: Final = 300  # letters of a name that a stranger gave
+_MOST_MESSAGE: Final = 1500
 _LEFT: Final = {"healed": "healed", "tuned": "rounded with tuning", "unknown": "not comparable"}
 
 
@@ -155,15 +157,15 @@ def _verify_gguf(
 def _show(report: VerifyReport, quick: bool, worst: int) -> None:
     """What was found, and as the last line what is to be thought of the whole."""
     if report.unfinished:
-        click.echo(f"{report.out}: unfinished: {with_options(report.problems[0].message)}")
+        say(f"{report.out}: unfinished: {with_options(report.problems[0].message)}")
         return
     if not report.sound:
-        click.echo(f"{report.out}: {', '.join(_counts(report))}")
+        say(f"{report.out}: {', '.join(_counts(report))}")
     _list(report.problems, "")
     _list(report.warnings, "warning: ")
     if report.rounding and report.rounding.by_weight and worst:
         _show_errors(report.rounding, worst)
-    click.echo(f"{', '.join(_summary(report, quick))}; {_values(report, quick)}")
+    say(f"{', '.join(_summary(report, quick))}; {_values(report, quick)}")
 
 
 def _counts(report: VerifyReport) -> Iterator[str]:
@@ -239,11 +241,9 @@ def _rounded(rounding: Rounding) -> str:
 
 def _show_errors(rounding: Rounding, worst: int) -> None:
     share = rounding.clipped / max(rounding.weights, 1)
-    click.echo(
-        f"relative error {rounding.relative_error:.4f} over all quantized weights, {share:.2%} clipped; the worst:"
-    )
+    say(f"relative error {rounding.relative_error:.4f} over all quantized weights, {share:.2%} clipped; the worst:")
     for weight in rounding.by_weight[:worst]:
-        click.echo(f"  {weight.relative_error:.4f}  {weight.name}")
+        say(f"  {weight.relative_error:.4f}  {weight.name}")
 
 
 def _list(found: tuple[Problem, ...], mark: str) -> None:
@@ -254,8 +254,9 @@ def _list(found: tuple[Problem, ...], mark: str) -> None:
     for code, listed in kinds.items():
         shown = listed[:_MOST_LINES]
         width = min(max(len(p.where) for p in shown), _MOST_WIDTH)
-        click.echo(click.style(f"{mark}{code}", fg="yellow" if mark else "red", bold=True))
+        say(f"{mark}{code}", color="yellow" if mark else "red", bold=True)
         for problem in shown:
-            click.echo(f"  {problem.where:<{width}}  {with_options(problem.message)}")
+            where, message = plain(problem.where, _MOST_WHERE), plain(with_options(problem.message), _MOST_MESSAGE)
+            say(f"  {where:<{width}}  {message}")
         if len(listed) > len(shown):
-            click.echo(f"  and {len(listed) - len(shown):,} more; --json lists all")
+            say(f"  and {len(listed) - len(shown):,} more; --json lists all")

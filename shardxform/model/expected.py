@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shardxform.base.tensors import TensorSpec
 from shardxform.errors import FamilyError
@@ -93,7 +95,31 @@ class _Sizes:
         except (ArithmeticError, IndexError, TypeError, ValueError) as e:
             raise FamilyError(f"config.json: {e}") from e
         if type(value) is not int or value < 0:
-            raise FamilyError(f"config.json: expected a size for {factor}, found {value!r}")
+            raise FamilyError(f"config.json: expected a size for {self._keys_of(factor, layer)}, found {value!r}")
+        return value
+
+    def _keys_of(self, factor: str, layer: int) -> str:
+        """The config keys that a size is worked out of, for people to mend."""
+        symbol: object = self.symbols.get(factor)
+        if isinstance(symbol, str):
+            return symbol
+        read = _Read(self.config)
+        of_layer, of_all = self.layer_symbols.get(factor), symbol
+        with suppress(ArithmeticError, LookupError, TypeError, ValueError):
+            of_layer(read, layer) if of_layer else callable(of_all) and of_all(read)
+        return ", ".join(read.keys_read) or factor
+
+
+class _Read(UserDict[str, Any]):
+    """A config that notes which of its keys are read."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.keys_read: dict[str, None] = {}
+
+    def __getitem__(self, key: str) -> Any:  # noqa: ANN401
+        value = super().__getitem__(key)
+        self.keys_read[key] = None
         return value
 
 

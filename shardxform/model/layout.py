@@ -625,7 +625,20 @@ def _moe_layers(family: Family, text: Config, num_layers: int) -> tuple[int, ...
                 condition(text, layer)
         return tuple(layer for layer in range(num_layers) if family.holds(family.moe, text, layer))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise FamilyError(f"config.json: cannot tell what its {num_layers} layers are made of: {e!r}") from e
+        why = _why_not(e, text, num_layers)
+        raise FamilyError(f"config.json: cannot tell what its {num_layers} layers are made of: {why}") from e
+
+
+def _why_not(error: Exception, text: Config, num_layers: int) -> str:
+    """What a condition found wrong with a config, as far as an exception tells."""
+    if isinstance(error, IndexError):
+        short = [
+            (len(value), key) for key, value in text.items() if isinstance(value, list) and len(value) < num_layers
+        ]
+        return "{1} has {0} entries".format(*max(short)) if short else str(error)
+    if isinstance(error, KeyError):
+        return f"missing {error.args[0]}"
+    return str(error) if isinstance(error, ValueError) else repr(error)
 
 
 def _walk(config: Mapping[str, object], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

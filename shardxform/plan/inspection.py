@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 from shardxform.ask.manifest import Manifest
 from shardxform.base.tensors import TensorRef, uncollected
 from shardxform.checkpoint.table import Checkpoint
-from shardxform.errors import CheckpointError, SchemeError, ShardxformError
+from shardxform.errors import CheckpointError, FamilyError, SchemeError, ShardxformError
 from shardxform.formats.config_names import DECLARATIONS, declarations, declares, method_of
 from shardxform.formats.decoding import decoded
 from shardxform.formats.dialects import select
@@ -20,6 +20,7 @@ from shardxform.formats.encoding import Encoded
 from shardxform.formats.integers import Ints
 from shardxform.formats.scheme import GROUP_SIZES, Format, Scheme
 from shardxform.formats.stored import Stored, read_stored
+from shardxform.model.families.base import Slicing
 from shardxform.model.layout import Layout, layout_of, variants_found
 from shardxform.plan.view import View, pruned_view
 from shardxform.runtimes import as_family
@@ -167,6 +168,24 @@ def _encodings(plain: Checkpoint | None, stored: Stored | None) -> Iterator[tupl
     for storage in storages:
         sizes[str(storage.encoding)] += storage.nbytes
     yield from ((name, (counts[name], nbytes)) for name, nbytes in sizes.most_common())
+
+
+def _of_experts(ref: TensorRef, slicing: Slicing, experts: int) -> int:
+    """Count the parameters of a router, or what lies like one, that belong to routed experts.
+
+    Raises:
+        FamilyError: it is not of so many experts.
+
+    """
+    shape = ref.spec.shape
+    try:
+        each = slicing.per_expert(shape[slicing.axis], experts)
+    except (IndexError, ValueError):
+        raise FamilyError(
+            f"tensor '{ref.name}' {list(shape)}: expected dimension {slicing.axis} to count the {experts} experts that "
+            "config.json says; one of the two is of another model"
+        ) from None
+    return math.prod(shape) // max(shape[slicing.axis], 1) * each * experts
 
 
 def encoding_names(source: Checkpoint) -> tuple[str, ...]:
@@ -333,9 +352,7 @@ def _count(layout: Layout, refs: Iterable[TensorRef]) -> Parameters:
             routed += size
             reached += size if (place.expert or 0) < layout.in_set else 0
         elif slicing := place.template.slicing:
-            positions = ref.spec.shape[slicing.axis]
-            counted = layout.counted(place.template)
-            of_experts = size // positions * slicing.per_expert(positions, counted) * counted
+            of_experts = _of_experts(ref, slicing, layout.counted(place.template))
             router += of_experts
             shared += size - of_experts
         else:

@@ -329,7 +329,7 @@ def _sliced(ref: TensorRef, slicing: Slicing, experts: int, keep: tuple[int, ...
     try:
         positions = slicing.positions(shape[axis], experts, keep)
     except (IndexError, ValueError) as e:
-        raise PlanError(f"tensor '{ref.name}' {list(shape)} cannot be pruned: {e}") from e
+        raise PlanError(f"tensor '{ref.name}' {list(shape)} cannot be pruned: {e}, as config.json has it") from e
     out = (*before, len(positions), *after)
     if not after and math.prod(before) > _MOST_RUNS:
         matrix = ref.reshaped((math.prod(before), shape[axis]))

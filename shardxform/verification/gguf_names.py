@@ -14,11 +14,12 @@ from typing import Final
 
 from shardxform.base.gguf import KeyValue
 from shardxform.checkpoint.gguf import GgufModel
+from shardxform.errors import PlanError
 from shardxform.runtimes.gguf.architectures import KINDS
 from shardxform.runtimes.gguf.slabs import ARCHITECTURE
 from shardxform.verification.findings import Findings, spans
 
-__all__ = ["check_names"]
+__all__ = ["check_names", "refuse_unsound_source"]
 
 _BLOCK: Final = re.compile(r"blk\.(0|[1-9][0-9]{0,5})\.(.+)")
 _EMBEDDINGS: Final = "token_embd.weight"
@@ -55,6 +56,24 @@ def check_names(model: GgufModel, findings: Findings) -> None:
     for name, text in _misshapen(decoder):
         report("shape", name, text)
     _check_vocabulary(model, arch, findings)
+
+
+def refuse_unsound_source(model: GgufModel) -> None:
+    """Refuse a source whose output would not be sound, by its names and shapes: pruning keeps what is wrong with them.
+
+    Raises:
+        PlanError: says what verification would find first, and how much more.
+
+    """
+    findings = Findings()
+    check_names(model, findings)
+    if findings.problems:
+        first, more = findings.problems[0], len(findings.problems) - 1
+        others = f" (and {more} more)" if more else ""
+        raise PlanError(
+            f"{model.where}: its output would not be sound: {first.where}: {first.message}{others};"
+            f" see `shardxform verify {model.where}`"
+        )
 
 
 def _blocks(model: GgufModel) -> Blocks:

@@ -40,11 +40,13 @@ from shardxform.verification.independent_channels import Channels
 from shardxform.verification.independent_weights import (
     ACROSS,
     EXPERT,
+    FAULTS,
     HOME,
     are_values,
     in_quarters,
     json_object,
     weights_apart,
+    why,
 )
 
 __all__ = ["CODE", "WantedWeights", "check_independently", "too_far", "wanted_weights"]
@@ -112,8 +114,8 @@ def check_independently(
     decode = are_values(source, out)
     try:
         theirs, config = weights_apart(source, decode=decode)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
+    except FAULTS as e:
+        raise CheckpointError(f"{source}: the independent check cannot read it: {why(e)}") from e
     try:
         ours, made = weights_apart(out, decode=decode)
         record = json_object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
@@ -123,14 +125,16 @@ def check_independently(
             theirs, ours = (dict(in_quarters(of, told)) for of, told in ((theirs, config), (ours, made)))
         how = _How.of(config, record, manifest, given, theirs, direct=_is_made_of(record, source))
         wanted = dict(how.wanted(theirs))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        findings.problem(CODE, ".", f"cannot be derived: {e}")
+    except FAULTS as e:
+        findings.problem(CODE, ".", f"cannot be derived: {why(e)}")
         return 0
     _check_names(wanted, ours, findings)
-    _check_counts(how, made, any(map(how.is_mtp, theirs)), findings)
-    if how.channels:
-        for text in how.channels.wrong_counts(_text_of(config), _text_of(made), theirs):
+    try:
+        _check_counts(how, made, any(map(how.is_mtp, theirs)), findings)
+        for text in how.channels.wrong_counts(_text_of(config), _text_of(made), theirs) if how.channels else ():
             findings.problem(CODE, "config.json", text)
+    except FAULTS as e:
+        findings.problem(CODE, "config.json", f"cannot be compared: {why(e)}")
     both = [name for name in wanted if name in ours]
     for name in both:
         if text := how.difference(wanted[name], ours[name]):
@@ -187,8 +191,8 @@ def wanted_weights(
         theirs, config = weights_apart(source, decode=True)
         if config.get("model_type") in _IN_TURNS:
             theirs = dict(in_quarters(theirs, config))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{source}: the independent check cannot read it: {e}") from e
+    except FAULTS as e:
+        raise CheckpointError(f"{source}: the independent check cannot read it: {why(e)}") from e
     if _was_of_mlx(record):
         given = {**given, "mtp": "drop"}
     how = _How.of(config, record, manifest, given, theirs, direct=_is_made_of(record, source))
@@ -278,7 +282,7 @@ class _How:
             text_only=bool(options.get("text_only") if text_only is None else text_only),
             drops_mtp=mtp == "drop"
             or (mtp == "auto" and (prunes or channels is not None) and not manifest.get("mtp_keep")),
-            exact=scheme["grid"] if scheme.get("method") == "rtn" and not scheme["grid"]["search"] else None,
+            exact=_grid_of(scheme) if scheme.get("method") == "rtn" else None,
             offset=_offset(recipe) if scheme.get("method") != "rtn" else 0.0,
             heals=_Heals.of(recipe.get("heal"), record.get("facts") if not converted else None),
             dequantized=converted and not direct and "quantization_config" not in config,
@@ -381,8 +385,8 @@ class _How:
             if not wanted.scales and wanted.tensor.dtype != found.tensor.dtype and not self.dequantized:
                 return f"{found.tensor.dtype}, expected {wanted.tensor.dtype}"
             return self._plain(wanted, found)
-        except (ValueError, IndexError) as e:
-            return f"cannot be compared: {e}"
+        except FAULTS as e:
+            return f"cannot be compared: {why(e)}"
 
     def _is_anew(self, wanted: PackedWeight, found: PackedWeight) -> bool:
         """Whether integers of the source were rounded to others."""
@@ -455,7 +459,7 @@ def _is_made_of(record: Mapping[str, Any], source: Path) -> bool:
             return False
         with path.open("rb") as file:
             length = file.read(8)
-            head = length + file.read(min(int.from_bytes(length, "little"), nbytes))
+            head = length + file.read(min(int.from_bytes(length, "little"), nbytes, 100_000_000))
         if hashlib.sha256(head).hexdigest() != digest:
             return False
     return bool(told)
@@ -532,6 +536,15 @@ def _offset(recipe: Mapping[str, Any]) -> float:
     """How far tuning can have moved an offset: `iters` steps, the first `lr`, and never as far as one scale."""
     iters = recipe.get("iters") or _FEWEST_STEPS
     return min(1.0, float(recipe.get("lr") or 1 / iters) * (iters + 1) / 2)
+
+
+def _grid_of(scheme: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The grid of a record, whatever that says; None where scales were searched for."""
+    grid = scheme["grid"]
+    bits, group = grid["bits"], grid["group_size"]
+    if type(bits) is not int or bits not in (4, 8) or type(group) is not int or (group < 1 and group != -1):
+        raise ValueError(f"shardxform.json: weights of {bits!r} bits in groups of {group!r}, expected 4 or 8 bits")
+    return None if grid["search"] else grid
 
 
 def _text_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

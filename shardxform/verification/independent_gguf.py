@@ -27,7 +27,7 @@ from shardxform.verification.findings import Findings
 from shardxform.verification.gguf_changes import changes
 from shardxform.verification.independent import CODE as _CODE
 from shardxform.verification.independent import WantedWeights, too_far, wanted_weights
-from shardxform.verification.independent_weights import json_object
+from shardxform.verification.independent_weights import FAULTS, json_object, why
 
 __all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
@@ -61,8 +61,8 @@ def check_gguf_independently(
     reader = vocabulary().GGUFReader
     try:
         theirs = [reader(path) for path in sources]
-    except (OSError, ValueError, KeyError, IndexError) as e:
-        raise CheckpointError(f"{sources[0]}: the gguf package cannot read it: {e}") from e
+    except FAULTS as e:
+        raise CheckpointError(f"{sources[0]}: the gguf package cannot read it: {why(e)}") from e
     try:
         ours = [reader(path) for path in files]
         kept = manifest or json_object(files[0].parent / "shardxform.json")["inputs"]["manifest"]
@@ -71,8 +71,8 @@ def check_gguf_independently(
         layers, arch = _layers_of(theirs)
         differing = list(_differing(_tensors(ours), _tensors(theirs), kept, layers))
         differing += _other_keys(_keys(ours), _keys(theirs), arch, kept["keep"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as e:
-        findings.problem(_CODE, ".", f"cannot be compared: {e}")
+    except FAULTS as e:
+        findings.problem(_CODE, ".", f"cannot be compared: {why(e)}")
         return 0
     for name, text in differing:
         findings.problem(_CODE, name, text)
@@ -179,8 +179,8 @@ def check_gguf_of_weights(
         compared = sum(file.compare(name, weight, wanted) for name, weight in wanted.named.items())
         file.problems += file.uncovered()
         file.problems += file.wrong_counts(wanted)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        findings.problem(_CODE, ".", f"cannot be compared: {e}")
+    except FAULTS as e:
+        findings.problem(_CODE, ".", f"cannot be compared: {why(e)}")
         return 0
     for name, text in file.problems:
         findings.problem(_CODE, name, text)

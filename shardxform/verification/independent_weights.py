@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,13 @@ import numpy as np
 
 from shardxform.verification.definitions import SMALL, PackedWeight, Shifted, Small, StoredBytes, floats
 
-__all__ = ["ACROSS", "EXPERT", "HOME", "are_values", "in_quarters", "json_object", "weights_apart"]
+__all__ = ["ACROSS", "EXPERT", "FAULTS", "HOME", "are_values", "in_quarters", "json_object", "weights_apart", "why"]
+
+FAULTS: Final = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(OSError, RuntimeError, StopIteration, TypeError, ValueError, struct.error),
+)
+"""What reading a file that holds anything at all may raise: nothing is looked at here before it is used."""
 
 HOME: Final = r"(?:mlp|block_sparse_moe|feed_forward|mixer|moe|ffn|layers\.\d+)"
 _FUSED: Final = re.compile(rf"(.*\.{HOME}\.experts)\.(gate_up_proj|down_proj)")
@@ -40,6 +47,16 @@ EXPERT: Final = re.compile(rf"(.*\.{HOME}\.experts)\.(\d+)\.(.+)")
 ACROSS: Final = re.compile(r".*\.moe_statics\.e_score_correction_bias")  # [sets of experts, E]
 _BOTH: Final = re.compile(rf"(.*\.{HOME}\.experts\.\d+)\.(gate|up)_proj\.(weight|bias)")
 _TURNED: Final = ("gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe")  # types whose stacks are transposed
+
+
+def why(fault: BaseException) -> str:
+    """What one of `FAULTS` says, for people."""
+    if isinstance(fault, KeyError):
+        return f"no {fault.args[0]!r} where it is expected"
+    if isinstance(fault, RecursionError):
+        return "nested too deeply"
+    known = isinstance(fault, (OSError, UnicodeError)) or type(fault) is ValueError
+    return str(fault) if known and str(fault) else f"a value makes no sense there ({fault!r})"
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -88,7 +105,7 @@ def are_values(source: Path, out: Path) -> bool:
         record = json_object(out / "shardxform.json") if (out / "shardxform.json").exists() else {}
         healed = bool((record.get("inputs", {}).get("recipe") or {}).get("heal"))
         return healed or _form(_config(source)) != _form(_config(out))
-    except (OSError, ValueError, AttributeError):
+    except FAULTS:
         return False  # what cannot be read is said when it is
 
 

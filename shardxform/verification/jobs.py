@@ -430,5 +430,8 @@ def _expert(job: TensorJob, byte: int) -> str:
         return ""
     element = byte * 8 // BITS[job.ref.spec.dtype]
     at = int(np.unravel_index(element, job.ref.spec.shape)[slicing.axis])
-    expert = at // slicing.per_expert(job.ref.spec.shape[slicing.axis], job.experts)
+    try:
+        expert = at // slicing.per_expert(job.ref.spec.shape[slicing.axis], job.experts)
+    except (ValueError, ZeroDivisionError):  # of another count, which is told of its shape
+        return ""
     return f" (expert {expert})" if expert < job.experts else ""

@@ -100,7 +100,6 @@ def check_structure(
     lost: frozenset[str],
     findings: Findings,
     *,
-    parts_too: bool = True,
     sampled: bool = False,
 ) -> Structure | None:
     """Report every tensor that is missing, misshapen or unexpected, and every contradiction of the config.
@@ -109,7 +108,6 @@ def check_structure(
         checkpoint: to look at.
         lost: tensors that the index names in shards that cannot be read; reported elsewhere.
         findings: added to.
-        parts_too: look at dtypes and shapes of the parts of quantized weights.
         sampled: whether of the routed experts of each block the first alone is there, since all are alike. Then there
             is a problem exactly where a look at all of them would find one.
 
@@ -124,7 +122,7 @@ def check_structure(
         findings.problem("config", CONFIG, f"{fault}; transformers refuses it")
     check_quantization(layout, checkpoint.tensors, findings)
     if decoded := _decoded(checkpoint, layout, findings):
-        checkpoint, parts_too = decoded, False
+        checkpoint = decoded
         layout = replace(layout_of(checkpoint.config, checkpoint.tensors), sampled=layout.sampled)
     seed = layout_of(layout.config, seed_weights(layout)).places
     parts: Stored | None = None
@@ -140,7 +138,7 @@ def check_structure(
             _check_unexpected(layout, table, forms, variants, findings)
             outside = {name: place for name, place in seed.items() if (place.expert or 0) >= layout.num_experts}
             findings.items([_beyond(layout, *each) for each in outside.items()], layout.num_experts)
-            parts = _check_parts(checkpoint, layout, findings) if parts_too else None
+            parts = None if decoded else _check_parts(checkpoint, layout, findings)
     return Structure(layout, _count_experts(layout, checkpoint.tensors, seed), parts)
 
 
@@ -604,6 +602,5 @@ def _findings(plan: Plan, config: Config, specs: Iterable[TensorSpec], *, sample
     """What verification finds in the structure of an output."""
     tensors = {spec.name: TensorRef(spec, (ByteRange("", 0, spec.nbytes),)) for spec in specs}  # nothing reads them
     planned, findings = as_family(Checkpoint(plan.source, config, tensors, ())), Findings()
-    parts_too = plan.command == "prune"  # others make parts themselves
-    check_structure(planned, frozenset(), findings, parts_too=parts_too, sampled=sampled)
+    check_structure(planned, frozenset(), findings, sampled=sampled)
     return findings
