@@ -172,4 +172,4 @@ def test_a_record_that_is_too_deep_is_a_finding_of_the_second_opinion(folder: Pa
     deep = Path(shutil.copytree(out, tmp_path / "deep"))
     (deep / "shardxform.json").write_text("[" * 100_000 + "]" * 100_000)
     told = told_of(deep, source, "--independent", code=1)["problems"]
-    assert "cannot be derived: shardxform.json: too deep" in str(told)
+    assert "cannot be derived: nested too deeply" in str(told)

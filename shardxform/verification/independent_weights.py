@@ -60,11 +60,8 @@ def why(fault: BaseException) -> str:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one object of JSON; raises OSError and ValueError."""
-    try:
-        value = json.loads(path.read_bytes())
-    except RecursionError as e:
-        raise ValueError(f"{path.name}: too deep") from e
+    """Read a file that holds one object of JSON; raises OSError, ValueError, and RecursionError where it is too deep."""
+    value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         raise ValueError(f"{path.name}: expected an object")
     return value
