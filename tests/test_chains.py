@@ -165,3 +165,11 @@ def test_stacks_that_stay_16_bit_beside_integers_are_pruned(kind: str, tmp_path:
     for root in (source, tmp_path / "rounded"):
         told = told_of(tmp_path / "out", root)
         assert told["values_compared"] == told["tensors"]
+
+
+def test_a_record_that_is_too_deep_is_a_finding_of_the_second_opinion(folder: Path, tmp_path: Path) -> None:
+    *_, source, out = made(folder, "compressed-tensors", "prune", "to gptq")
+    deep = Path(shutil.copytree(out, tmp_path / "deep"))
+    (deep / "shardxform.json").write_text("[" * 100_000 + "]" * 100_000)
+    told = told_of(deep, source, "--independent", code=1)["problems"]
+    assert "cannot be derived: nested too deeply" in str(told)

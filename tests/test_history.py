@@ -281,6 +281,26 @@ def test_a_record_of_something_else_is_not_believed_and_that_is_said(pruned: Pat
     assert [step.command for step in gather(out).steps] == ["quantize"]
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("tokenizer.json", "{ }", "tokenizer.json was changed since"),
+        ("tokenizer.json", None, "tokenizer.json was removed since"),
+        ("chat_template.jinja", "{{ messages }}", "chat_template.jinja was added since"),
+        ("README.md", "of mine", ""),
+    ],
+)
+def test_a_tokenizer_that_was_changed_since_is_not_what_commands_make_again(
+    name: str, text: str | None, told: str, pruned: Path, tmp_path: Path
+) -> None:
+    if text is None:
+        (pruned / name).unlink()
+    else:
+        (pruned / name).write_text(text)
+    note = plan_note(pruned, tmp_path / "out")
+    assert (told in note) if told else (note == "")
+
+
 def test_a_record_that_is_no_file_is_not_opened(pruned: Path) -> None:
     (pruned / "shardxform.json").rename(pruned / "elsewhere")
     (pruned / "shardxform.json").symlink_to("elsewhere")  # as in the caches of hubs

@@ -2,9 +2,9 @@
 
 An output made from an output of ours carries on what its source's record says, as `inputs.history`: a list of steps,
 each with what was asked for, the identity of what it was made from, and what was found. A record is believed of a
-source that it fits: by the headers of all shards, by config.json, by its own checksum, and, when the source's values
-are first looked at, by the digests of its tensors. What stands in it may be a stranger's: it is bounded here, and
-escaped where it is shown.
+source that it fits: by the headers of all shards, by config.json and the tokenizer's files, by its own checksum, and,
+when the source's values are first looked at, by the digests of its tensors. What stands in it may be a stranger's: it
+is bounded here, and escaped where it is shown.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from shardxform.base.file_system import FileSystem
 from shardxform.base.strict_json import Fields, dumps
 from shardxform.checkpoint.identity import Identity, config_sha256, whole_marks
 from shardxform.checkpoint.record import PROVENANCE, Record, RecordError, read_written
-from shardxform.checkpoint.table import CONFIG, Checkpoint, Shard
+from shardxform.checkpoint.sidecars import is_document
+from shardxform.checkpoint.table import CONFIG, INDEX, Checkpoint, Shard
 from shardxform.errors import CheckpointError, PlanError
 
 __all__ = [
@@ -327,7 +328,20 @@ def _misfit(record: Record, source: Checkpoint) -> str:
     digest = record.files.get(CONFIG)
     if digest is not None and hashlib.sha256(source.file(CONFIG).read_bytes()).hexdigest() != digest:
         return f"{CONFIG} was changed since"
-    return ""
+    return "" if source.remote else _changed_file(record, source)
+
+
+def _changed_file(record: Record, source: Checkpoint) -> str:
+    """Say which of a tokenizer's files, templates and the like is not as the record has it; documents may change."""
+    told = {name for name, digest in record.files.items() if digest is not None and not is_document(name)}
+    found = {sidecar.name for sidecar in source.sidecars if not is_document(sidecar.name)}
+    for name in sorted((told ^ found) - {CONFIG, INDEX}):
+        return f"{name} was {'removed' if name in told else 'added'} since"
+    try:
+        digests = ((name, hashlib.sha256(source.file(name).read_bytes()).hexdigest()) for name in sorted(told & found))
+        return next((f"{name} was changed since" for name, digest in digests if digest != record.files[name]), "")
+    except OSError as e:
+        return str(e.strerror)
 
 
 def _earlier(inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:

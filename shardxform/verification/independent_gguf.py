@@ -11,7 +11,6 @@ memory at a time, and a whole matrix where rows or columns change places.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from shardxform.verification.findings import Findings
 from shardxform.verification.gguf_changes import changes
 from shardxform.verification.independent import CODE as _CODE
 from shardxform.verification.independent import WantedWeights, too_far, wanted_weights
-from shardxform.verification.independent_weights import FAULTS, why
+from shardxform.verification.independent_weights import FAULTS, json_object, why
 
 __all__ = ["check_gguf_independently", "check_gguf_of_weights"]
 
@@ -66,7 +65,7 @@ def check_gguf_independently(
         raise CheckpointError(f"{sources[0]}: the gguf package cannot read it: {why(e)}") from e
     try:
         ours = [reader(path) for path in files]
-        kept = manifest or json.loads((files[0].parent / "shardxform.json").read_bytes())["inputs"]["manifest"]
+        kept = manifest or json_object(files[0].parent / "shardxform.json")["inputs"]["manifest"]
         if kept.get("width"):
             raise ValueError("width: channels are not taken out of a GGUF file")
         layers, arch = _layers_of(theirs)
@@ -173,7 +172,7 @@ def check_gguf_of_weights(
     """
     package, path = vocabulary(), files[0].parent / "shardxform.json"
     try:
-        record = json.loads(path.read_bytes()) if path.exists() else {}
+        record = json_object(path) if path.exists() else {}
         readers = [package.GGUFReader(each) for each in files]
         wanted = wanted_weights(source, record, manifest, given)
         file = _File.of(readers, package)

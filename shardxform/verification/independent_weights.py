@@ -60,7 +60,7 @@ def why(fault: BaseException) -> str:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one object of JSON; raises OSError and ValueError."""
+    """Read a file that holds one object of JSON; raises OSError, ValueError, and RecursionError of what is too deep."""
     value = json.loads(path.read_bytes())
     if not isinstance(value, dict):
         raise ValueError(f"{path.name}: expected an object")
