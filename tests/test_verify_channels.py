@@ -356,7 +356,7 @@ def fewer_lists(width: dict[str, Any]) -> None:
         (a_bit_more, "width.kept, layer 1, expert 0: no bitmap of 32 of 64 channels"),
         (no_base64, "Only base64 data is allowed"),
         (more_than_there_are, "width: 65 channels of 64"),
-        (no_count, "'channels'"),
+        (no_count, "no 'channels' where it is expected"),
     ],
 )
 def test_a_record_that_does_not_lead_to_channels_is_told(

@@ -7,6 +7,7 @@ Nothing here is shared with what plans and writes outputs; see `independent`.
 
 from __future__ import annotations
 
+import binascii
 import json
 import math
 import re
@@ -55,7 +56,7 @@ def why(fault: BaseException) -> str:
         return f"no {fault.args[0]!r} where it is expected"
     if isinstance(fault, RecursionError):
         return "nested too deeply"
-    known = isinstance(fault, (OSError, UnicodeError)) or type(fault) is ValueError
+    known = isinstance(fault, (OSError, UnicodeError, binascii.Error)) or type(fault) is ValueError
     return str(fault) if known and str(fault) else f"a value makes no sense there ({fault!r})"
 
 
