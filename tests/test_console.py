@@ -13,7 +13,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from shardxform.cli import console, main
-from shardxform.cli.console import pasteable, plain
+from shardxform.cli.console import escaped, pasteable
 
 SCRIPT = """
 from shardxform.cli.console import progress, tell
@@ -133,10 +133,9 @@ def test_an_error_quotes_little_of_a_file(tmp_path: Path) -> None:
 
 
 def test_only_the_middle_of_a_long_text_is_left_out() -> None:
-    assert (
-        plain("begin" + "x" * 1000 + "end", 90) == "begin" + "x" * 55 + " ... (918 characters) ... " + "x" * 27 + "end"
-    )
-    assert plain("a\nb", 90) == "a\nb"
+    shown = escaped("begin" + "x" * 1000 + "end", 90)
+    assert shown == "begin" + "x" * 55 + " ... (918 characters) ... " + "x" * 27 + "end"
+    assert escaped("a\nb", 90) == "a\nb"
 
 
 def test_commands_print_through_what_escapes() -> None:

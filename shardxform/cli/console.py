@@ -24,11 +24,11 @@ __all__ = [
     "Label",
     "amount",
     "count",
+    "escaped",
     "gb",
     "give_or_take",
     "option_of",
     "pasteable",
-    "plain",
     "print_json",
     "progress",
     "rows",
@@ -203,7 +203,7 @@ def pasteable(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
-def plain(text: str, most: int = 0) -> str:
+def escaped(text: str, most: int = 0) -> str:
     """The text as a terminal may show it, whoever wrote it: what is no letter is escaped, but for ends of lines.
 
     Where it is longer than `most`, its middle is left out: what is wrong stands at one end of a message, and what to
@@ -218,8 +218,8 @@ def plain(text: str, most: int = 0) -> str:
 
 
 def say(text: str = "", *, file: IO[str] | None = None, err: bool = False, bold: bool = False, color: str = "") -> None:
-    """Print what may hold a stranger's words, as `plain` gives it."""
-    shown = plain(text)
+    """Print what may hold a stranger's words, as `escaped` gives it."""
+    shown = escaped(text)
     click.echo(click.style(shown, bold=bold, fg=color or None) if bold or color else shown, file=file, err=err)
 
 
@@ -227,7 +227,7 @@ def tell(text: str) -> None:
     """Print a line on stderr, above a bar that is shown; work goes on when nobody reads it any more."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(plain(text, _MOST_SAID), file=sys.stderr, flush=True)  # click.echo would write into the bar
+            print(escaped(text, _MOST_SAID), file=sys.stderr, flush=True)  # click.echo would write into the bar
 
 
 def count(number: int, what: str) -> str:
@@ -253,7 +253,7 @@ def rows(pairs: Iterable[tuple[str, str]], file: IO[str] | None = None) -> None:
 
 def table(header: tuple[str, ...], lines: Iterable[tuple[str, ...]]) -> None:
     """Print aligned columns: the first to the left, the others to the right."""
-    listed = [tuple(map(plain, line)) for line in (header, *lines)]
+    listed = [tuple(map(escaped, line)) for line in (header, *lines)]
     widths = [max(len(line[i]) for line in listed) for i in range(len(header))]
     for number, line in enumerate(listed):
         cells = [f"{line[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(line[1:], widths[1:], strict=True))]

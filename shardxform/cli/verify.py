@@ -12,7 +12,7 @@ import click
 
 from shardxform.checkpoint.gguf import GgufModel
 from shardxform.checkpoint.table import Checkpoint, find_gguf
-from shardxform.cli.console import count, gb, plain, print_json, progress, say, with_options
+from shardxform.cli.console import count, escaped, gb, print_json, progress, say, with_options
 from shardxform.cli.inputs import is_gguf, open_gguf_named, open_named
 from shardxform.cli.options import (
     SOURCE,
@@ -256,7 +256,7 @@ def _list(found: tuple[Problem, ...], mark: str) -> None:
         width = min(max(len(p.where) for p in shown), _MOST_WIDTH)
         say(f"{mark}{code}", color="yellow" if mark else "red", bold=True)
         for problem in shown:
-            where, message = plain(problem.where, _MOST_WHERE), plain(with_options(problem.message), _MOST_MESSAGE)
+            where, message = escaped(problem.where, _MOST_WHERE), escaped(with_options(problem.message), _MOST_MESSAGE)
             say(f"  {where:<{width}}  {message}")
         if len(listed) > len(shown):
             say(f"  and {len(listed) - len(shown):,} more; --json lists all")

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from shardxform.errors import PlanError
 from shardxform.model.families.base import Scope
 from shardxform.model.layout import Place
 
@@ -49,6 +50,21 @@ class Findings:
     def warn(self, code: str, where: str, message: str) -> None:
         """Add a warning."""
         self.warnings.append(Problem(code, _printable(where), _printable(message)))
+
+    def refuse(self, source: object, but: Collection[str] = ()) -> None:
+        """Refuse to write what would have these problems, those of codes in `but` apart; `source` shows them too.
+
+        Raises:
+            PlanError: says the first of them, and how many more there are.
+
+        """
+        if found := [problem for problem in self.problems if problem.code not in but]:
+            first, more = found[0], len(found) - 1
+            others = f" (and {more} more)" if more else ""
+            raise PlanError(
+                f"{source}: its output would not be sound: {first.where}: {first.message}{others};"
+                f" see `shardxform verify {source}`"
+            )
 
     def items(self, items: Collection[Item], num_experts: int, code: str = "") -> None:
         """Add one problem for every group of `items` that one line can tell; `code` replaces the items' own."""

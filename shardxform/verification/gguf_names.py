@@ -14,7 +14,6 @@ from typing import Final
 
 from shardxform.base.gguf import KeyValue
 from shardxform.checkpoint.gguf import GgufModel
-from shardxform.errors import PlanError
 from shardxform.runtimes.gguf.architectures import KINDS
 from shardxform.runtimes.gguf.slabs import ARCHITECTURE
 from shardxform.verification.findings import Findings, spans
@@ -67,13 +66,7 @@ def refuse_unsound_source(model: GgufModel) -> None:
     """
     findings = Findings()
     check_names(model, findings)
-    if findings.problems:
-        first, more = findings.problems[0], len(findings.problems) - 1
-        others = f" (and {more} more)" if more else ""
-        raise PlanError(
-            f"{model.where}: its output would not be sound: {first.where}: {first.message}{others};"
-            f" see `shardxform verify {model.where}`"
-        )
+    findings.refuse(model.where)
 
 
 def _blocks(model: GgufModel) -> Blocks:

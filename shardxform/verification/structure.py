@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from shardxform.base.strict_json import parse_config
 from shardxform.base.tensors import ID_DTYPES, ByteRange, TensorRef, TensorSpec, uncollected
 from shardxform.checkpoint.table import CONFIG, Checkpoint
-from shardxform.errors import FamilyError, PlanError
+from shardxform.errors import FamilyError
 from shardxform.formats.config_names import QUANTIZATION, declares, tells_experts_apart
 from shardxform.formats.scheme import FORMATS
 from shardxform.model.expected import Expected, expected, first_of_alike
@@ -580,14 +580,7 @@ def refuse_unsound(plan: Plan, but: Collection[str] = ()) -> None:
     findings = _findings(plan, config, specs if firsts is None else firsts, sampled=firsts is not None)
     if findings.problems and firsts is not None:  # which are better told of all experts
         findings = _findings(plan, config, specs, sampled=False)
-    found = [problem for problem in findings.problems if problem.code not in but]
-    if found:
-        first, more = found[0], len(found) - 1
-        others = f" (and {more} more)" if more else ""
-        raise PlanError(
-            f"{plan.origin}: its output would not be sound: {first.where}: {first.message}{others};"
-            f" see `shardxform verify {plan.origin}`"
-        )
+    findings.refuse(plan.origin, but)
 
 
 def firsts_planned(config: Config, specs: Sequence[TensorSpec]) -> list[TensorSpec] | None:
